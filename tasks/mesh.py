@@ -40,7 +40,8 @@ class Mesh:
     """Triangles of one asset, all parts together, scene transforms applied.
 
     vertices: [V, 3] float64, finite. faces: [F, 3] int64, indices into vertices.
-    uv: [V, 2] float32 with v up, or None. vertex_colours: [V, 4] uint8 sRGB, or None.
+    uv: [V, 2] float32 with v up, textures repeat outside [0, 1], or None.
+    vertex_colours: [V, 4] uint8 sRGB, multiply the material's colour, or None.
     materials and face_material ([F] int32): the material of each face.
     warnings: codes with detail of what was odd, `code: detail`.
     """
