@@ -1,0 +1,53 @@
+"""Progress of a flow: a bar in the terminal and a progress artifact in Prefect's UI."""
+
+import sys
+import time
+from types import TracebackType
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.context import FlowRunContext
+from tqdm import tqdm
+
+ARTIFACT_SECONDS = 2.0  # an update is a request to the API
+
+
+class Progress:
+    """Counts `done` of `total` units of one piece of work, to the terminal and to Prefect."""
+
+    def __init__(self, name: str, total: int, unit: str):
+        interactive = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total,
+            desc=name,
+            unit=unit,
+            dynamic_ncols=interactive,
+            mininterval=0.2 if interactive else 5.0,
+            file=sys.stderr,
+        )
+        self.artifact = None
+        self.artifact_at = time.monotonic()
+        if FlowRunContext.get() is not None:
+            self.artifact = create_progress_artifact(
+                progress=0.0, key=name.replace("_", "-").lower(), description=f"{name}: {unit}s"
+            )
+
+    def update(self, done: int, detail: str = "") -> None:
+        """Set the number of finished units, and a short text shown beside it."""
+        if detail:
+            self.bar.set_postfix_str(detail, refresh=False)
+        self.bar.update(done - self.bar.n)
+        due = time.monotonic() - self.artifact_at >= ARTIFACT_SECONDS or done == self.bar.total
+        if self.artifact is not None and due and self.bar.total:
+            self.artifact_at = time.monotonic()
+            update_progress_artifact(self.artifact, progress=100 * done / self.bar.total)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.close()

@@ -1,0 +1,61 @@
+"""The house's rules on imports, read from the sources."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+LAYERS = ["flows", "tasks", "model", "kernels"]
+MESH_MODULES = {
+    "tasks/conversion.py",
+    "tasks/mesh2sdf_engine.py",
+    "tasks/mesh_io.py",
+    "tasks/metrics.py",
+    "tasks/pictures.py",
+    "tasks/rendering.py",
+    "tasks/sparse_engine.py",
+}
+# library: the files or folders that may import it
+HOMES = {
+    "prefect": ("flows/", "tasks/"),
+    "ray": ("flows/", "tasks/"),
+    "mlflow": ("tasks/tracking.py",),
+    "triton": ("kernels/",),
+    "spconv": ("model/convolution.py",),
+    **dict.fromkeys(("trimesh", "igl", "embreex", "mesh2sdf", "pyvista"), tuple(MESH_MODULES)),
+}
+
+
+def sources() -> list[Path]:
+    return [path for layer in LAYERS for path in sorted((PROJECT / layer).rglob("*.py"))]
+
+
+def imported_modules(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PROJECT)))
+def test_imports_run_one_way(path: Path) -> None:
+    file = path.relative_to(PROJECT).as_posix()
+    layer = LAYERS.index(file.split("/")[0])
+    packages = {name.split(".")[0] for name in imported_modules(path)}
+    assert not packages & set(LAYERS[:layer]), f"{file} imports from a layer above it"
+    for library, homes in HOMES.items():
+        if library in packages:
+            assert file.startswith(homes), f"{file} imports {library}, which belongs in {homes}"
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, "configs"])
+def test_packages_are_ours(layer: str) -> None:
+    module = importlib.import_module(layer)
+    assert module.__file__ is not None
+    assert Path(module.__file__).parent == PROJECT / layer
