@@ -1,13 +1,15 @@
 """Shards: the Parquet files that hold the arrays of some dozen assets, one row group an asset.
 
 `assets.parquet` has the normalised source mesh and the views of each asset, `sdf-<R>.parquet` its
-signed distances at resolution R. Columns, units and frames are in the field metadata, so that
+signed distances at resolution R, `latents-<R>.parquet` what a VAE makes of them. Columns, units and frames are in the field metadata, so that
 `pyarrow.parquet.read_schema(path)` documents a file. Rows are found through the catalogue; reading
 one touches the file's footer and that row's columns only. Pages carry checksums, which every read
-verifies; whole files have a SHA-256 in the catalogue (`verify_file`). Needs numpy and pyarrow only.
+verifies; whole files have a SHA-256 in the catalogue (`verify_file`). Needs numpy and pyarrow, and
+Pillow for pictures.
 """
 
 import hashlib
+import io
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -144,10 +146,30 @@ SDF_SCHEMA = pa.schema(
     ]
 )
 
+LATENT_SCHEMA = pa.schema(
+    [
+        _field("asset_id", pa.string(), "SHA-256 of the source bytes, hex"),
+        _field("resolution", pa.int32(), "voxels along an axis of the SDF that was encoded"),
+        _field(
+            "coords",
+            pa.list_(pa.int32()),
+            "L x 3, row-major: latent voxels x, y, z, sorted",
+            "8 voxels",
+        ),
+        _field("channels", pa.int32(), "C, latent channels"),
+        _field("mean", pa.list_(pa.float32()), "L x C, row-major: mean of the posterior"),
+    ]
+)
+
 
 def sdf_file(resolution: int) -> str:
     """Return the name of a shard's file for one resolution."""
     return f"sdf-{resolution}.parquet"
+
+
+def latents_file(resolution: int) -> str:
+    """Return the name of a folder's file of latents for one resolution."""
+    return f"latents-{resolution}.parquet"
 
 
 def shard_path(root_path: str, shard: str, name: str) -> str:
@@ -183,18 +205,19 @@ def dequantise(codes: np.ndarray) -> np.ndarray:
 class ShardWriter:
     """Writes the files of one shard, row by row; they appear when the context ends without error.
 
-    filesystem, root_path: the data folder. After the context, `files` has the digest of each.
+    folder: the shard's folder in filesystem, made where missing. After the context, `files` has
+    the digest of each.
     """
 
-    def __init__(self, filesystem: fs.FileSystem, root_path: str, shard: str):
+    def __init__(self, filesystem: fs.FileSystem, folder: str):
         self.files: dict[str, FileDigest] = {}
-        self._filesystem, self._root_path, self._shard = filesystem, root_path, shard
+        self._filesystem, self._folder = filesystem, folder
         self._stack = ExitStack()
         self._writers: dict[str, tuple[pq.ParquetWriter, HashingSink]] = {}
         self._rows: dict[str, int] = {}
 
     def __enter__(self) -> "ShardWriter":
-        self._filesystem.create_dir(f"{self._root_path}/shards/{self._shard}", recursive=True)
+        self._filesystem.create_dir(self._folder, recursive=True)
         return self
 
     def __exit__(
@@ -239,11 +262,25 @@ class ShardWriter:
         content = [blocks, codes, row["sharp"]]
         return self._append(sdf_file(sdf.resolution), SDF_SCHEMA, row, content)
 
+    def add_latents(
+        self, asset_id: str, resolution: int, coords: np.ndarray, mean: np.ndarray
+    ) -> Stored:
+        """Append the latents of an asset: coords [L, 3] int32, mean [L, C] float32."""
+        row = {
+            "asset_id": asset_id,
+            "resolution": resolution,
+            "coords": np.ascontiguousarray(coords, np.int32).ravel(),
+            "channels": mean.shape[1],
+            "mean": np.ascontiguousarray(mean, np.float32).ravel(),
+        }
+        content = [row["coords"], row["mean"]]
+        return self._append(latents_file(resolution), LATENT_SCHEMA, row, content)
+
     def _append(
         self, name: str, schema: pa.Schema, row: dict[str, object], content: list[object]
     ) -> Stored:
         if name not in self._writers:
-            path = shard_path(self._root_path, self._shard, name)
+            path = f"{self._folder}/{name}"
             sink = self._stack.enter_context(atomic_file(self._filesystem, path))
             # No dictionaries and no statistics: a row group is one row.
             writer = pq.ParquetWriter(
@@ -319,6 +356,30 @@ def read_views(filesystem: fs.FileSystem, path: str, row_group: int) -> tuple[St
         StoredView(v["png"], np.array(v["camera_to_world"]).reshape(4, 4), v["fov"])
         for v in table["views"][0].as_py()
     )
+
+
+def view_count(filesystem: fs.FileSystem, path: str, row_group: int) -> int:
+    """Return the number of views in one row of an `assets.parquet`, without their pictures."""
+    table = _read(filesystem, path, row_group, ["views.list.element.fov"])
+    return len(table["views"][0])
+
+
+def read_image(filesystem: fs.FileSystem, path: str, row_group: int, view: int) -> np.ndarray:
+    """Return one view's picture, [S, S, 4] uint8, straight alpha."""
+    from PIL import Image  # a machine that trains the VAE alone has no need of it
+
+    table = _read(filesystem, path, row_group, ["views.list.element.png"])
+    with Image.open(io.BytesIO(table["views"][0].as_py()[view]["png"])) as image:
+        return np.asarray(image.convert("RGBA"))
+
+
+def read_latents(
+    filesystem: fs.FileSystem, path: str, row_group: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return coords [L, 3] int32 and mean [L, C] float32 of one row of a `latents-<R>.parquet`."""
+    table = _read(filesystem, path, row_group, ["coords", "channels", "mean"])
+    coords = _values(table, "coords").reshape(-1, 3)
+    return coords, _values(table, "mean").reshape(len(coords), table["channels"][0].as_py())
 
 
 def read_geometry(

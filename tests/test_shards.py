@@ -1,6 +1,7 @@
 """Shards: exact round trips, one row without its neighbours, damage found and explained."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 from pyarrow import fs
 
 from model.sdf import SparseSDF
@@ -24,10 +26,13 @@ from tasks.shards import (
     dequantise,
     quantise,
     read_geometry,
+    read_image,
+    read_latents,
     read_sdf,
     read_views,
     shard_path,
     verify_file,
+    view_count,
 )
 from tasks.storage import DatasetBusyError, atomic_file, exclusive, list_files, open_filesystem
 
@@ -93,7 +98,7 @@ def test_shard_round_trip(rows: list[tuple[int, int]]) -> None:
     filesystem = fs.PyFileSystem(fs.FSSpecHandler(MemoryFileSystem()))
     sdfs = [random_sdf(seed, blocks) for seed, blocks in rows]
     assets = [random_asset(seed) for seed, _ in rows]
-    with ShardWriter(filesystem, "/data", "s") as writer:
+    with ShardWriter(filesystem, "/data/shards/s") as writer:
         for index, (asset, sdf) in enumerate(zip(assets, sdfs, strict=True)):
             assert writer.add_asset(asset).row_group == index
             assert writer.add_sdf(asset.asset_id, sdf).row_group == index
@@ -110,6 +115,7 @@ def test_shard_round_trip(rows: list[tuple[int, int]]) -> None:
         np.testing.assert_array_equal(vertices, asset.vertices)
         np.testing.assert_array_equal(faces, asset.faces)
         assert faces.dtype == np.int64
+        assert view_count(filesystem, path, index) == len(asset.views)
         for view, stored in zip(asset.views, read_views(filesystem, path, index), strict=True):
             assert (stored.png, stored.fov) == (view.png, view.fov)
             np.testing.assert_array_equal(stored.camera_to_world, view.camera_to_world)
@@ -117,9 +123,34 @@ def test_shard_round_trip(rows: list[tuple[int, int]]) -> None:
         verify_file(filesystem, shard_path("/data", "s", name), digest.sha256)
 
 
+def test_latents_round_trip(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    coords = rng.integers(0, 8, (5, 3)).astype(np.int32)
+    mean = rng.normal(size=(5, 16)).astype(np.float32)
+    with ShardWriter(LOCAL, str(tmp_path)) as writer:
+        writer.add_latents("a", 64, coords, mean)
+    got_coords, got_mean = read_latents(LOCAL, str(tmp_path / "latents-64.parquet"), 0)
+    np.testing.assert_array_equal(got_coords, coords)
+    np.testing.assert_array_equal(got_mean, mean)
+
+
+def test_one_picture_is_decoded(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 4)).astype(np.uint8)
+    views = []
+    for picture in pixels:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        views.append(StoredView(buffer.getvalue(), np.eye(4), 0.7))
+    with ShardWriter(LOCAL, str(tmp_path)) as writer:
+        writer.add_asset(replace(random_asset(0), views=tuple(views)))
+    for view in range(2):
+        picture = read_image(LOCAL, str(tmp_path / "assets.parquet"), 0, view)
+        np.testing.assert_array_equal(picture, pixels[view])
+
+
 @pytest.fixture
 def shard(tmp_path: Path) -> tuple[Path, ShardWriter]:
-    with ShardWriter(LOCAL, str(tmp_path), "s") as writer:
+    with ShardWriter(LOCAL, f"{tmp_path}/shards/s") as writer:
         for seed in range(3):
             writer.add_asset(random_asset(seed))
             writer.add_sdf(f"{seed:064x}", random_sdf(seed, blocks=40))
@@ -187,7 +218,7 @@ def test_one_row_is_read_without_its_neighbours(shard: tuple[Path, ShardWriter])
 @given(data=st.data())
 def test_a_flipped_byte_is_found(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("flip")
-    with ShardWriter(LOCAL, str(root), "s") as writer:
+    with ShardWriter(LOCAL, f"{root}/shards/s") as writer:
         writer.add_sdf("a", random_sdf(0))
     path = root / "shards/s/sdf-64.parquet"
     content = bytearray(path.read_bytes())
@@ -218,7 +249,7 @@ def test_missing_file_and_row_are_explained(shard: tuple[Path, ShardWriter]) -> 
 
 def test_nothing_appears_when_writing_fails(tmp_path: Path) -> None:
     def write() -> None:
-        with ShardWriter(LOCAL, str(tmp_path), "s") as writer:
+        with ShardWriter(LOCAL, f"{tmp_path}/shards/s") as writer:
             writer.add_asset(random_asset(0))
             raise ZeroDivisionError
 
