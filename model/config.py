@@ -64,7 +64,10 @@ class DiTConfig:
 
     heads, kv_heads, head_dim: query heads, key/value heads they share, channels of each.
     compression, selection, window: block sides of SSA in latent voxels; top_k: selected blocks.
+    delta: compression of a block's keys and values, "pointwise" (v1.1) or "convolution" (v1.0).
+    attention: "ssa", or "full" to compare with.
     condition_width: channels of the image tokens.
+    recompute: activation checkpointing, a block at a time.
     max_grid: latent grid side that positions are scaled to: a larger grid's coordinates are
         divided until they fit, so that 1024 shares the embedding of 512.
     """
@@ -80,8 +83,11 @@ class DiTConfig:
     selection: int = 8
     window: int = 8
     top_k: int = 8
+    delta: Literal["pointwise", "convolution"] = "pointwise"
+    attention: Literal["ssa", "full"] = "ssa"
     condition_width: int = 1024
     max_grid: int = 64
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         _check_positive(self, "width", "blocks", "heads", "kv_heads", "head_dim", "mlp_ratio")
@@ -98,6 +104,14 @@ class DiTConfig:
             f"DiTConfig.compression is {self.compression}, above selection, {self.selection}; "
             "a selection block is made of whole compression blocks",
         )
+        _check(
+            self.delta in ("pointwise", "convolution"),
+            f'DiTConfig.delta is "{self.delta}"; take "pointwise" or "convolution"',
+        )
+        _check(
+            self.attention in ("ssa", "full"),
+            f'DiTConfig.attention is "{self.attention}"; take "ssa" or "full"',
+        )
 
 
 @dataclass(frozen=True)
@@ -107,18 +121,23 @@ class StructureConfig:
     grid: side of the occupancy, the latent grid of the sparse VAE.
     latent_grid, latent_channels: the grid the DiT works on.
     vae_channels: widths of the VAE from grid down to latent_grid, halved at each step.
+    lambda_dice, lambda_kl: weights of the VAE's losses beside the cross-entropy.
     width, blocks, heads, mlp_ratio: the dense DiT; condition_width: channels of the image tokens.
+    recompute: activation checkpointing, a block at a time.
     """
 
     grid: int = 64
     latent_grid: int = 16
     latent_channels: int = 8
     vae_channels: tuple[int, ...] = (32, 128, 512)
+    lambda_dice: float = 1.0
+    lambda_kl: float = 1e-3
     width: int = 1024
     blocks: int = 24
     heads: int = 16
     mlp_ratio: int = 4
     condition_width: int = 1024
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         _check_positive(self, "grid", "latent_grid", "latent_channels", "width", "blocks", "heads")
@@ -145,7 +164,8 @@ class EncoderConfig:
 
     kind: "dinov2", pretrained, frozen, or "small-vit", trained jointly (the tiny preset).
     image_size, patch: pixels of the square image and of a patch, both sides.
-    width, blocks, heads: of the transformer; for "dinov2" they are checked against the weights.
+    width, blocks, heads: of the transformer; registers: special tokens beside the class token.
+        For "dinov2" they are checked against the weights.
     name, revision: the pretrained model on the hub, pinned; path: a local folder to take instead.
     """
 
@@ -155,6 +175,7 @@ class EncoderConfig:
     width: int = 1024
     blocks: int = 24
     heads: int = 16
+    registers: int = 4
     name: str = "facebook/dinov2-with-registers-large"
     revision: str = "main"
     path: str = ""
