@@ -1,11 +1,11 @@
 """Shards: the Parquet files that hold the arrays of some dozen assets, one row group an asset.
 
 `assets.parquet` has the normalised source mesh and the views of each asset, `sdf-<R>.parquet` its
-signed distances at resolution R, `latents-<R>.parquet` what a VAE makes of them. Columns, units and frames are in the field metadata, so that
-`pyarrow.parquet.read_schema(path)` documents a file. Rows are found through the catalogue; reading
-one touches the file's footer and that row's columns only. Pages carry checksums, which every read
-verifies; whole files have a SHA-256 in the catalogue (`verify_file`). Needs numpy and pyarrow, and
-Pillow for pictures.
+signed distances at resolution R, `latents-<R>.parquet` what a VAE makes of them. Columns, units
+and frames are in the field metadata, so that `pyarrow.parquet.read_schema(path)` documents a file.
+Rows are found through the catalogue; reading one touches the file's footer and that row's columns
+only. Pages carry checksums, which every read verifies; whole files have a SHA-256 in the catalogue
+(`verify_file`). Needs numpy and pyarrow, and Pillow for pictures.
 """
 
 import hashlib
