@@ -63,6 +63,8 @@ class Samples:
 def divide_samples(sample: Tensor, count: int) -> Samples:
     """Return the division of rows by their sample index [N], sorted. Synchronises with the host."""
     sample = sample.long()
+    if len(sample) and int(sample[-1]) >= count:
+        raise ValueError(f"rows of sample {int(sample[-1])} in a batch of {count} samples")
     starts = torch.searchsorted(sample, torch.arange(count + 1, device=sample.device))
     length = int(starts.diff().max())
     slot = None
