@@ -109,28 +109,25 @@ def test_how_a_run_ends(uri: str) -> None:
 
 
 CHILD = """
-import sys, time, pickle
+import pickle, sys, time
 from tasks import tracking
-if sys.argv[1] == "start":
-    run = tracking.start_run("train", "killed", sys.argv[2])
-else:
-    run = pickle.loads(bytes.fromhex(sys.argv[2]))
+parents = pickle.loads(bytes.fromhex(sys.argv[2]))
+parents.log_metrics({"from_child": 1.0}, 5)
+run = tracking.start_run("train", "killed", sys.argv[1])
 for step in range(4):
     run.log_metrics({"loss": 1 / (1 + step), "rate": 0.1}, step)
 print(run.run_id, flush=True)
-if sys.argv[1] == "start":
-    time.sleep(120)
+time.sleep(120)
 """
 
 
-def child(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True
-    )
-
-
 def test_kill_reconcile_resume_without_a_step_twice(uri: str) -> None:
-    process = child("start", uri)
+    mine = start_run("e", "parent", uri)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, uri, pickle.dumps(mine).hex()],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     run_id = process.stdout.readline().strip()
     assert attach(run_id, uri).status() == "RUNNING"
     assert reconcile(uri) == []  # it lives
@@ -138,6 +135,8 @@ def test_kill_reconcile_resume_without_a_step_twice(uri: str) -> None:
     process.wait()
     process.stdout.close()
     assert reconcile(uri) == [run_id]
+    assert mine.status() == "RUNNING"  # the child wrote to its parent's run and didn't end it
+    assert history(mine, "from_child") == [(5, 1.0)]
     assert attach(run_id, uri).status() == "KILLED"
     assert reconcile(uri) == []
 
@@ -154,15 +153,6 @@ def test_kill_reconcile_resume_without_a_step_twice(uri: str) -> None:
     assert [step for step, _ in history(resumed, "new")] == [2, 3, 4, 5]
     resumed.end()
     assert resumed.status() == "FINISHED"
-
-
-def test_a_child_logs_to_its_parents_run_without_ending_it(uri: str) -> None:
-    run = start_run("e", "parent", uri)
-    process = child("attach", pickle.dumps(run).hex())
-    assert process.communicate(timeout=60)[0].strip() == run.run_id
-    assert process.returncode == 0
-    assert run.status() == "RUNNING"
-    assert len(history(run, "loss")) == 4
 
 
 def test_runs_of_another_host_or_a_reused_pid(uri: str) -> None:
@@ -237,10 +227,10 @@ def test_system_metrics(uri: str) -> None:
     assert data_of(run).data.metrics["system/cpu_utilization_percentage"] >= 0
 
 
-def test_hundred_steps_of_metrics_are_quick(uri: str) -> None:
+def test_steps_of_many_metrics_are_quick(uri: str) -> None:
     run = start_run("e", "r", uri)
     started = time.perf_counter()
-    for step in range(100):
+    for step in range(30):
         run.log_metrics({f"m{i}": float(i) for i in range(20)}, step)
-    assert time.perf_counter() - started < 30  # 2 s on a core of its own
-    assert len(history(run, "m19")) == 100
+    assert time.perf_counter() - started < 20  # under a second on a core of its own
+    assert len(history(run, "m19")) == 30
