@@ -36,17 +36,21 @@ def convert(
     engine: Literal["sparse", "mesh2sdf"] = "sparse",
 ) -> Conversion:
     """Return the conversion of normalised triangles at a resolution."""
-    field = {"sparse": sparse_field, "mesh2sdf": dense_field}[engine]
-    blocks, values, sharp = field(
-        np.asarray(vertices, np.float64), np.asarray(faces, np.int64), resolution
-    )
-    sdf = SparseSDF(resolution, blocks, values, sharp)
+    if engine == "mesh2sdf":
+        sdf = dense_field(vertices, faces, resolution)
+        parts_in = parts_out = 1
+        method, confidence = "mesh2sdf", 1.0
+    else:
+        result = sparse_field(vertices, faces, resolution)
+        sdf, parts_in, parts_out = result.sdf, result.parts_in, result.parts_out
+        method, confidence = result.method, result.confidence
     surface, triangles = marching_cubes(
-        torch.from_numpy(blocks), torch.from_numpy(values), resolution
+        torch.from_numpy(sdf.blocks), torch.from_numpy(sdf.values), resolution
     )
     if not len(triangles):
         raise MeshRejectedError("no_surface", f"no surface at resolution {resolution}")
-    return Conversion(sdf, 1, 1, _closed(triangles, len(surface)), "winding", 1.0)
+    closed = _closed(triangles, len(surface))
+    return Conversion(sdf, parts_in, parts_out, closed, method, confidence)
 
 
 def _closed(faces: torch.Tensor, vertex_count: int) -> bool:

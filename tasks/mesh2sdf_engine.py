@@ -7,15 +7,13 @@ double walls, and only the part with the largest bounding box survives. Minutes 
 import mesh2sdf
 import numpy as np
 
-from model.sdf import BLOCK, truncation
+from model.sdf import BLOCK, SparseSDF, truncation
 
 LARGEST = 256
 
 
-def dense_field(
-    vertices: np.ndarray, faces: np.ndarray, resolution: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return blocks [B, 3] int32, values [B, 8, 8, 8] float32 and sharp (all False) of a mesh.
+def dense_field(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> SparseSDF:
+    """Return the band of normalised triangles [V, 3], [F, 3]; no voxel of it is marked sharp.
 
     mesh2sdf samples at -1 + 2 i / N; moving the mesh by minus half a voxel makes these our
     voxel centres. Raises ValueError for resolutions that are no power of two or above 256.
@@ -32,4 +30,4 @@ def dense_field(
     values = values.reshape(side, BLOCK, side, BLOCK, side, BLOCK).transpose(0, 2, 4, 1, 3, 5)
     blocks = np.argwhere((np.abs(values) < 1).any((3, 4, 5)))
     kept = np.ascontiguousarray(values[tuple(blocks.T)])
-    return blocks.astype(np.int32), kept, np.zeros(kept.shape, bool)
+    return SparseSDF(resolution, blocks.astype(np.int32), kept, np.zeros(kept.shape, bool))

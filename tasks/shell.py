@@ -1,0 +1,375 @@
+"""The surface as seen from outside: hidden walls dropped, what is too thin made a shell (compiled).
+
+Lengths are in voxels. Cells are named by their lower corner voxel; everything is looked up by
+voxel position through `rows` [side, side, side], the row of each block or a negative number.
+"""
+
+import numpy as np
+
+from model.sdf import BLOCK
+from tasks.distance import closest_on_triangle, compiled
+
+# Half the thickness of a shell. Over half a voxel, so that every grid edge across a sheet has an
+# end in the shell; over sqrt(1/2), so that a wire has one too; under one: two voxels at most.
+SHELL = 0.75
+THIN, EXCUSED = 1, 2
+
+
+@compiled
+def _row(rows: np.ndarray, x: int, y: int, z: int) -> int:
+    side = rows.shape[0] * BLOCK
+    if x < 0 or y < 0 or z < 0 or x >= side or y >= side or z >= side:
+        return -1
+    return rows[x >> 3, y >> 3, z >> 3]
+
+
+@compiled
+def _outside_at(rows: np.ndarray, outside: np.ndarray, x: int, y: int, z: int) -> bool:
+    row = _row(rows, x, y, z)
+    return row < 0 or outside[row, x & 7, y & 7, z & 7]
+
+
+@compiled
+def _all_outside(
+    rows: np.ndarray, outside: np.ndarray, x: int, y: int, z: int, low: int, high: int
+) -> bool:
+    """Return whether the voxels x + low .. x + high (both included, each axis) are outside."""
+    for i in range(x + low, x + high + 1):
+        for j in range(y + low, y + high + 1):
+            for k in range(z + low, z + high + 1):
+                if not _outside_at(rows, outside, i, j, k):
+                    return False
+    return True
+
+
+@compiled
+def drop_hidden(
+    rows: np.ndarray,
+    blocks: np.ndarray,
+    corners: np.ndarray,
+    crossings: np.ndarray,
+    outside: np.ndarray,
+    distance: np.ndarray,
+    nearest: np.ndarray,
+    reach: float,
+) -> int:
+    """Replace, in place, the distances of inside voxels near hidden walls by those to seen ones.
+
+    Blocks with an edge that crosses a triangle between two inside voxels, and those around them,
+    are done anew, layer by layer from the outside: a voxel tries the triangles of its 26
+    neighbours. The closest point counts where its cell has a corner outside; else, at the crease
+    where two parts meet, the neighbour's own closest point stands in (measured: up to 0.3 voxel
+    too far there). Returns the number of blocks done.
+    """
+    count = len(blocks)
+    hides = np.zeros(count, np.bool_)
+    for b in range(count):
+        for x in range(BLOCK):
+            for y in range(BLOCK):
+                for z in range(BLOCK):
+                    if outside[b, x, y, z]:
+                        continue
+                    for axis in range(3):
+                        if crossings[b, x, y, z, axis] and not _outside_at(
+                            rows, outside,
+                            blocks[b, 0] * BLOCK + x + (axis == 0),
+                            blocks[b, 1] * BLOCK + y + (axis == 1),
+                            blocks[b, 2] * BLOCK + z + (axis == 2),
+                        ):  # fmt: skip
+                            hides[b] = True
+    place = np.full(count, -1, np.int64)
+    work = 0
+    for b in range(count):
+        found = False
+        for n in range(27):
+            x, y, z = (
+                blocks[b, 0] + n // 9 - 1,
+                blocks[b, 1] + n // 3 % 3 - 1,
+                blocks[b, 2] + n % 3 - 1,
+            )
+            row = _row(rows, x * BLOCK, y * BLOCK, z * BLOCK)
+            found |= row >= 0 and hides[row]
+        if found:
+            place[b] = work
+            work += 1
+    feet = np.empty((work, BLOCK, BLOCK, BLOCK, 3), np.float32)
+    todo = np.zeros((count, BLOCK, BLOCK, BLOCK), np.bool_)
+    waiting = np.empty((work * BLOCK**3, 3), np.int32)
+    left = 0
+    for b in range(count):
+        if place[b] < 0:
+            continue
+        for x in range(BLOCK):
+            for y in range(BLOCK):
+                for z in range(BLOCK):
+                    if not outside[b, x, y, z]:
+                        todo[b, x, y, z] = True
+                        distance[b, x, y, z] = reach
+                        nearest[b, x, y, z] = -1
+                        waiting[left, 0] = blocks[b, 0] * BLOCK + x
+                        waiting[left, 1] = blocks[b, 1] * BLOCK + y
+                        waiting[left, 2] = blocks[b, 2] * BLOCK + z
+                        left += 1
+    layer = np.empty_like(waiting)
+    for _ in range(int(np.ceil(reach)) + 1):
+        kept = size = 0
+        for n in range(left):
+            x, y, z = waiting[n]
+            found = False
+            for m in range(27):
+                i, j, k = x + m // 9 - 1, y + m // 3 % 3 - 1, z + m % 3 - 1
+                row = _row(rows, i, j, k)
+                if row >= 0 and not todo[row, i & 7, j & 7, k & 7]:
+                    found = True
+                    break
+            if found:
+                layer[size] = waiting[n]
+                size += 1
+            else:
+                waiting[kept] = waiting[n]
+                kept += 1
+        left = kept
+        for n in range(size):
+            x, y, z = layer[n]
+            best, which = np.inf, -1
+            fx = fy = fz = 0.0
+            for m in range(27):
+                i, j, k = x + m // 9 - 1, y + m // 3 % 3 - 1, z + m % 3 - 1
+                row = _row(rows, i, j, k)
+                if row < 0 or todo[row, i & 7, j & 7, k & 7]:
+                    continue
+                t = nearest[row, i & 7, j & 7, k & 7]
+                if t < 0:
+                    continue
+                qx, qy, qz = closest_on_triangle(x, y, z, corners[t])
+                cx, cy, cz = int(np.floor(qx)), int(np.floor(qy)), int(np.floor(qz))
+                d = ((x - qx) ** 2 + (y - qy) ** 2 + (z - qz) ** 2) ** 0.5
+                if d >= best:
+                    continue
+                if not _touches_outside(rows, outside, cx, cy, cz):
+                    if not outside[row, i & 7, j & 7, k & 7] and place[row] >= 0:
+                        foot = feet[place[row], i & 7, j & 7, k & 7]
+                        qx, qy, qz = float(foot[0]), float(foot[1]), float(foot[2])
+                    else:
+                        qx, qy, qz = closest_on_triangle(i, j, k, corners[t])
+                    d = ((x - qx) ** 2 + (y - qy) ** 2 + (z - qz) ** 2) ** 0.5
+                if d < best:
+                    best, which, fx, fy, fz = d, t, qx, qy, qz
+            b = rows[x >> 3, y >> 3, z >> 3]
+            foot = feet[place[b], x & 7, y & 7, z & 7]
+            foot[0], foot[1], foot[2] = fx, fy, fz
+            distance[b, x & 7, y & 7, z & 7] = min(best, reach)
+            nearest[b, x & 7, y & 7, z & 7] = which
+        for n in range(size):
+            x, y, z = layer[n]
+            todo[rows[x >> 3, y >> 3, z >> 3], x & 7, y & 7, z & 7] = False
+    return work
+
+
+@compiled
+def _touches_outside(rows: np.ndarray, outside: np.ndarray, x: int, y: int, z: int) -> bool:
+    for c in range(8):
+        if _outside_at(rows, outside, x + (c >> 2), y + (c >> 1 & 1), z + (c & 1)):
+            return True
+    return False
+
+
+@compiled
+def _away(
+    corners: np.ndarray, nearest: np.ndarray, row: int, x: int, y: int, z: int
+) -> tuple[float, float, float]:
+    """Return the unit vector from the closest triangle to voxel x, y, z; zero on it."""
+    t = nearest[row, x & 7, y & 7, z & 7]
+    if t < 0:
+        return 0.0, 0.0, 0.0
+    qx, qy, qz = closest_on_triangle(x, y, z, corners[t])
+    qx, qy, qz = x - qx, y - qy, z - qz
+    length = (qx * qx + qy * qy + qz * qz) ** 0.5
+    if length < 1e-9:
+        return 0.0, 0.0, 0.0
+    return qx / length, qy / length, qz / length
+
+
+@compiled
+def thin_cells(
+    rows: np.ndarray,
+    blocks: np.ndarray,
+    corners: np.ndarray,
+    crossings: np.ndarray,
+    outside: np.ndarray,
+    distance: np.ndarray,
+    nearest: np.ndarray,
+) -> np.ndarray:
+    """Return the cells whose surface the signs miss, [B, 8, 8, 8] uint8: THIN, EXCUSED or 0.
+
+    Thin are the cells around a grid edge that crosses the mesh between two outside voxels: an odd
+    number of times (an open sheet), or with the surface's two sides facing away from each other
+    (a plate thinner than a voxel); and cells with a closest point of a near voxel, all corners
+    outside and no inside voxel around (a wire, a crumb). With an inside voxel around they are
+    excused, as the rim of any sharp edge, unless next to a thin one.
+    """
+    cells = np.zeros(outside.shape, np.uint8)
+    for b in range(len(blocks)):
+        x0, y0, z0 = blocks[b, 0] * BLOCK, blocks[b, 1] * BLOCK, blocks[b, 2] * BLOCK
+        for x in range(x0, x0 + BLOCK):
+            for y in range(y0, y0 + BLOCK):
+                for z in range(z0, z0 + BLOCK):
+                    if not outside[b, x & 7, y & 7, z & 7]:
+                        continue
+                    for axis in range(3):
+                        crossed = crossings[b, x & 7, y & 7, z & 7, axis]
+                        if not crossed:
+                            continue
+                        i, j, k = x + (axis == 0), y + (axis == 1), z + (axis == 2)
+                        row = _row(rows, i, j, k)
+                        if row < 0 or not outside[row, i & 7, j & 7, k & 7]:
+                            continue
+                        if not crossed & 1:
+                            ax, ay, az = _away(corners, nearest, b, x, y, z)
+                            bx, by, bz = _away(corners, nearest, row, i, j, k)
+                            if ax * bx + ay * by + az * bz > -0.5:
+                                continue
+                        for m in range(4):
+                            p, q = m >> 1, m & 1
+                            cx = x - (p if axis != 0 else 0)
+                            cy = y - (p if axis == 0 else q if axis == 2 else 0)
+                            cz = z - (q if axis != 2 else 0)
+                            cell = _row(rows, cx, cy, cz)
+                            if cell >= 0:
+                                cells[cell, cx & 7, cy & 7, cz & 7] = THIN
+                    if distance[b, x & 7, y & 7, z & 7] >= SHELL:
+                        continue
+                    qx, qy, qz = closest_on_triangle(
+                        x, y, z, corners[nearest[b, x & 7, y & 7, z & 7]]
+                    )
+                    cx, cy, cz = int(np.floor(qx)), int(np.floor(qy)), int(np.floor(qz))
+                    cell = _row(rows, cx, cy, cz)
+                    if cell < 0 or cells[cell, cx & 7, cy & 7, cz & 7]:
+                        continue
+                    if _all_outside(rows, outside, cx, cy, cz, 0, 1):
+                        alone = _all_outside(rows, outside, cx, cy, cz, -1, 2)
+                        cells[cell, cx & 7, cy & 7, cz & 7] = THIN if alone else EXCUSED
+    thin = cells.copy()
+    for b in range(len(blocks)):
+        x0, y0, z0 = blocks[b, 0] * BLOCK, blocks[b, 1] * BLOCK, blocks[b, 2] * BLOCK
+        for x in range(x0, x0 + BLOCK):
+            for y in range(y0, y0 + BLOCK):
+                for z in range(z0, z0 + BLOCK):
+                    if cells[b, x & 7, y & 7, z & 7] != EXCUSED:
+                        continue
+                    for m in range(27):
+                        i, j, k = x + m // 9 - 1, y + m // 3 % 3 - 1, z + m % 3 - 1
+                        row = _row(rows, i, j, k)
+                        if row >= 0 and cells[row, i & 7, j & 7, k & 7] == THIN:
+                            thin[b, x & 7, y & 7, z & 7] = THIN
+    return thin
+
+
+@compiled
+def thicken(
+    rows: np.ndarray,
+    blocks: np.ndarray,
+    corners: np.ndarray,
+    cells: np.ndarray,
+    nearest: np.ndarray,
+    field: np.ndarray,
+) -> None:
+    """Lower the field, in place, by SHELL where the closest point lies in a thin cell."""
+    holds = np.zeros(len(blocks), np.bool_)
+    for b in range(len(blocks)):
+        holds[b] = np.any(cells[b] == THIN)
+    for b in range(len(blocks)):
+        near = False
+        for n in range(125):  # closest points are up to 9 voxels away at 2048
+            i = blocks[b, 0] + n // 25 - 2
+            j = blocks[b, 1] + n // 5 % 5 - 2
+            k = blocks[b, 2] + n % 5 - 2
+            row = _row(rows, i * BLOCK, j * BLOCK, k * BLOCK)
+            near |= row >= 0 and holds[row]
+        if not near:
+            continue
+        for x in range(BLOCK):
+            for y in range(BLOCK):
+                for z in range(BLOCK):
+                    t = nearest[b, x, y, z]
+                    if t < 0:
+                        continue
+                    px = blocks[b, 0] * BLOCK + x
+                    py = blocks[b, 1] * BLOCK + y
+                    pz = blocks[b, 2] * BLOCK + z
+                    qx, qy, qz = closest_on_triangle(px, py, pz, corners[t])
+                    cx, cy, cz = int(np.floor(qx)), int(np.floor(qy)), int(np.floor(qz))
+                    row = _row(rows, cx, cy, cz)
+                    if row >= 0 and cells[row, cx & 7, cy & 7, cz & 7] == THIN:
+                        field[b, x, y, z] -= SHELL
+
+
+@compiled
+def cap_holes(
+    rows: np.ndarray,
+    blocks: np.ndarray,
+    crossings: np.ndarray,
+    outside: np.ndarray,
+    field: np.ndarray,
+) -> None:
+    """Bring the surface, in place, halfway between an inside and an outside voxel of no wall.
+
+    Between them lies what closes a hole: no triangle, so their distances tell nothing.
+    """
+    for b in range(len(blocks)):
+        for x in range(BLOCK):
+            for y in range(BLOCK):
+                for z in range(BLOCK):
+                    for axis in range(3):
+                        if crossings[b, x, y, z, axis]:
+                            continue
+                        i = blocks[b, 0] * BLOCK + x + (axis == 0)
+                        j = blocks[b, 1] * BLOCK + y + (axis == 1)
+                        k = blocks[b, 2] * BLOCK + z + (axis == 2)
+                        row = _row(rows, i, j, k)
+                        if row < 0 or outside[row, i & 7, j & 7, k & 7] == outside[b, x, y, z]:
+                            continue
+                        field[b, x, y, z] = min(max(field[b, x, y, z], -0.5), 0.5)
+                        other = field[row, i & 7, j & 7, k & 7]
+                        field[row, i & 7, j & 7, k & 7] = min(max(other, -0.5), 0.5)
+
+
+@compiled
+def seen_parts(
+    rows: np.ndarray,
+    blocks: np.ndarray,
+    part_of_face: np.ndarray,
+    part_count: int,
+    outside: np.ndarray,
+    distance: np.ndarray,
+    nearest: np.ndarray,
+    field: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (seen [P], found [P]): parts closest to an outside voxel; parts at the surface.
+
+    At the surface: one end of an edge on which the field changes its sign is closest to the part.
+    """
+    seen = np.zeros(part_count, np.bool_)
+    found = np.zeros(part_count, np.bool_)
+    for b in range(len(blocks)):
+        for x in range(BLOCK):
+            for y in range(BLOCK):
+                for z in range(BLOCK):
+                    t = nearest[b, x, y, z]
+                    if t >= 0 and outside[b, x, y, z] and distance[b, x, y, z] < 1.0:
+                        seen[part_of_face[t]] = True
+                    for axis in range(3):
+                        i = blocks[b, 0] * BLOCK + x + (axis == 0)
+                        j = blocks[b, 1] * BLOCK + y + (axis == 1)
+                        k = blocks[b, 2] * BLOCK + z + (axis == 2)
+                        row = _row(rows, i, j, k)
+                        if row < 0:
+                            continue
+                        if (field[row, i & 7, j & 7, k & 7] < 0) == (field[b, x, y, z] < 0):
+                            continue
+                        s = nearest[row, i & 7, j & 7, k & 7]
+                        if t >= 0:
+                            found[part_of_face[t]] = True
+                        if s >= 0:
+                            found[part_of_face[s]] = True
+    return seen, found
