@@ -13,6 +13,7 @@ from tasks.catalogue import Key, Row
 from tasks.shards import ASSETS_FILE, sdf_file
 
 Action = Literal["new", "changed", "stale", "retry", "staged", "relabelled", "gone", "unchanged"]
+PASSING = ("gone", "changed")  # rejections by a source whose file moved while it was being read
 WORK: tuple[Action, ...] = ("new", "changed", "stale", "retry")
 
 
@@ -141,6 +142,8 @@ def _judge(
     missing = _missing(row, present)
     if missing is not None:
         return "stale", f"{missing} is missing"
+    if row.reason in PASSING:
+        return "retry", f"could not be read before ({row.reason})"
     if row.status == "failed" and retry_failed:
         return "retry", f"failed before ({row.reason})"
     if row.status == "failed" and row.limits != limits:

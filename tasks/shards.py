@@ -217,7 +217,6 @@ class ShardWriter:
         self._rows: dict[str, int] = {}
 
     def __enter__(self) -> "ShardWriter":
-        self._filesystem.create_dir(self._folder, recursive=True)
         return self
 
     def __exit__(
@@ -280,6 +279,7 @@ class ShardWriter:
         self, name: str, schema: pa.Schema, row: dict[str, object], content: list[object]
     ) -> Stored:
         if name not in self._writers:
+            self._filesystem.create_dir(self._folder, recursive=True)
             path = f"{self._folder}/{name}"
             sink = self._stack.enter_context(atomic_file(self._filesystem, path))
             # No dictionaries and no statistics: a row group is one row.

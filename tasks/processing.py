@@ -1,0 +1,267 @@
+"""What happens to one asset and to one shard of assets, in a worker: source to Parquet.
+
+`process_asset` runs in a child process under limits and knows neither Ray nor files of the data
+folder; `process_shard` runs the child, writes what it gets and, last, the shard's staging file.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from io import BytesIO
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from tasks.catalogue import Row, to_table
+from tasks.conversion import CONVERSION_VERSION, Conversion, convert
+from tasks.isolation import IsolatedFunction, Limits, Outcome, Stage
+from tasks.mesh import MeshRejectedError, normalise
+from tasks.planning import Wanted
+from tasks.rendering import View, render_views
+from tasks.shards import ASSETS_FILE, AssetRow, ShardWriter, Stored, StoredView, sdf_file
+from tasks.sources import Source, SourceAsset, open_source
+from tasks.storage import atomic_file, open_filesystem
+
+# Part of a catalogue row's recipe: raise it when reading, normalising or rendering change.
+PREPARATION_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an asset is made into. view_size: pixels of a side."""
+
+    engine: Literal["sparse", "mesh2sdf"] = "sparse"
+    views: int = 24
+    view_size: int = 512
+
+    def recipe(self) -> str:
+        """Return what a row depends on beside its asset's bytes and its resolution."""
+        return (
+            f"preparation={PREPARATION_VERSION} conversion={CONVERSION_VERSION} "
+            f"engine={self.engine} views={self.views}x{self.view_size}"
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One asset to process at some resolutions."""
+
+    asset: SourceAsset
+    wanted: Wanted
+    resolutions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A read, normalised and rendered asset. vertices [V, 3] float32, faces [F, 3] int32."""
+
+    vertices: np.ndarray
+    faces: np.ndarray
+    views: tuple[StoredView, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An asset that cannot become data, at one resolution or (None) at all."""
+
+    resolution: int | None
+    reason: str
+    detail: str
+
+
+@lru_cache(maxsize=1)
+def _source(spec: str) -> Source:
+    return open_source(spec)
+
+
+def process_asset(
+    job: Job, settings: Settings
+) -> Generator[Stage | Prepared | Rejected | Conversion, None, None]:
+    """Read, normalise, render and convert one asset.
+
+    Yields stages, then `Prepared`, then a `Conversion` or a `Rejected` for each resolution, lowest
+    first; or one `Rejected` for all.
+    """
+    yield Stage("load")
+    try:
+        mesh = _source(job.wanted.source).load(job.asset)
+        mesh = replace(mesh, vertices=normalise(mesh.vertices))
+        yield Stage("render")
+        # Cameras differ from asset to asset and stay the same for each.
+        seed = int(job.wanted.asset_id[:8], 16)
+        views = render_views(mesh, settings.views, settings.view_size, seed)
+    except MeshRejectedError as error:
+        yield Rejected(None, error.reason, error.detail)
+        return
+    yield Prepared(
+        mesh.vertices.astype(np.float32),
+        mesh.faces.astype(np.int32),
+        tuple(_stored(view) for view in views),
+        mesh.warnings,
+    )
+    for resolution in sorted(job.resolutions):
+        yield Stage(f"convert-{resolution}")
+        try:
+            yield convert(mesh.vertices, mesh.faces, resolution, settings.engine)
+        except MeshRejectedError as error:
+            yield Rejected(resolution, error.reason, error.detail)
+
+
+def _stored(view: View) -> StoredView:
+    png = BytesIO()
+    Image.fromarray(view.image).save(png, "PNG")
+    return StoredView(png.getvalue(), view.camera_to_world, view.fov)
+
+
+ProcessAsset = Callable[[Job, Settings], Generator[Any, None, None]]
+_child: IsolatedFunction | None = None
+
+
+def _isolated(function: ProcessAsset, limits: Limits) -> IsolatedFunction:
+    """Return this process's child for a function; it outlives a shard, its imports cost seconds."""
+    global _child
+    if _child is None or (_child.function, _child.limits) != (function, limits):
+        if _child is not None:
+            _child.close()
+        _child = IsolatedFunction(function, limits)
+    return _child
+
+
+def process_shard(
+    root: str,
+    shard: str,
+    jobs: Sequence[Job],
+    settings: Settings,
+    limits: Limits,
+    process: ProcessAsset = process_asset,
+) -> list[Row]:
+    """Process some assets into one shard; returns their rows, which are staged on disk, too.
+
+    The staging file is written after the shard's files are complete, so that its presence means
+    that its rows can be used. Whatever an asset does is a row; an error that is raised is the
+    disk's or ours.
+    """
+    filesystem, path = open_filesystem(root)
+    child = _isolated(process, limits)
+    rows = []
+    with ShardWriter(filesystem, f"{path}/shards/{shard}") as writer:
+        for job in jobs:
+            outcome = child.run(job, settings)
+            rows += _rows(job, outcome, writer, shard, settings, limits)
+    files = writer.files
+    rows = [
+        replace(
+            row,
+            sdf_sha256=files[sdf_file(row.resolution)].sha256,
+            assets_sha256=files[ASSETS_FILE].sha256,
+        )
+        if row.status == "ready"
+        else row
+        for row in rows
+    ]
+    stage_rows(root, shard, rows)
+    return rows
+
+
+def stage_rows(root: str, shard: str, rows: Sequence[Row]) -> None:
+    """Write the staging file of a shard."""
+    filesystem, path = open_filesystem(root)
+    filesystem.create_dir(f"{path}/staging", recursive=True)
+    with atomic_file(filesystem, f"{path}/staging/{shard}.parquet") as sink:
+        pq.write_table(to_table(rows), sink, compression="zstd")
+
+
+def base_row(job: Job, resolution: int, settings: Settings, limits: Limits, status: str) -> Row:
+    """Return a row with what is known before any work."""
+    return Row(
+        **asdict(job.wanted),
+        resolution=resolution,
+        status=status,
+        recipe=settings.recipe(),
+        limits=str(limits),
+    )
+
+
+def _rows(
+    job: Job,
+    outcome: Outcome,
+    writer: ShardWriter,
+    shard: str,
+    settings: Settings,
+    limits: Limits,
+) -> list[Row]:
+    """Store what came of an asset and return its rows, one a resolution."""
+    prepared = next((v for v in outcome.values if isinstance(v, Prepared)), None)
+    conversions = {v.sdf.resolution: v for v in outcome.values if isinstance(v, Conversion)}
+    rejections = {v.resolution: v for v in outcome.values if isinstance(v, Rejected)}
+    stored: Stored | None = None
+    if prepared is not None and conversions:
+        stored = writer.add_asset(
+            AssetRow(
+                job.wanted.asset_id,
+                job.wanted.uris[0],
+                job.wanted.licence,
+                job.wanted.attribution,
+                job.wanted.category,
+                prepared.vertices,
+                prepared.faces,
+                prepared.views,
+            )
+        )
+    rows = []
+    for resolution in job.resolutions:
+        row = replace(
+            base_row(job, resolution, settings, limits, "failed"),
+            seconds_load=outcome.seconds.get("load"),
+            seconds_render=outcome.seconds.get("render"),
+            seconds_convert=outcome.seconds.get(f"convert-{resolution}"),
+            peak_bytes=outcome.peak_bytes,
+        )
+        if prepared is not None:
+            row = replace(row, faces=len(prepared.faces), warnings=prepared.warnings)
+        rejected = rejections.get(resolution, rejections.get(None))
+        conversion = conversions.get(resolution)
+        if conversion is not None and stored is not None:
+            row = _ready(row, conversion, stored, writer, shard)
+        elif rejected is not None:
+            row = replace(row, status="rejected", reason=rejected.reason, detail=rejected.detail)
+        elif outcome.failure is not None:
+            failure = outcome.failure
+            row = replace(row, reason=failure.reason, detail=failure.detail, stage=failure.stage)
+        else:
+            raise RuntimeError(f"the work on {job.wanted.uris[0]} at {resolution} yielded nothing")
+        rows.append(row)
+    return rows
+
+
+def _ready(row: Row, conversion: Conversion, asset: Stored, writer: ShardWriter, shard: str) -> Row:
+    """Store a conversion and return its row; a field that cannot be stored is a failure."""
+    row = replace(
+        row,
+        warnings=(*row.warnings, *conversion.warnings),
+        parts_in=conversion.parts_in,
+        parts_out=conversion.parts_out,
+        closed=conversion.closed,
+        sign_method=conversion.sign_method,
+        sign_confidence=float(conversion.sign_confidence),
+        band_voxels=conversion.sdf.band_voxels,
+        latent_voxels=len(conversion.sdf.blocks),
+    )
+    try:
+        sdf = writer.add_sdf(row.asset_id, conversion.sdf)
+    except ValueError as error:
+        return replace(
+            row, reason="invalid_sdf", detail=str(error), stage=f"convert-{row.resolution}"
+        )
+    return replace(
+        row,
+        status="ready",
+        shard=shard,
+        row_group=sdf.row_group,
+        assets_row_group=asset.row_group,
+        sdf_digest=sdf.digest,
+        asset_digest=asset.digest,
+    )

@@ -1,0 +1,133 @@
+"""Runs a function over chunks of items on Ray, and survives the death of workers.
+
+Plain tasks, not Prefect's RayTaskRunner: 200 empty ones took 1.4 s against 51 s. Ray's own retries
+are off, since they happen unseen; what a dead worker left is tried again here.
+"""
+
+import itertools
+import logging
+import math
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Generic, TypeVar
+from uuid import uuid4
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+logger = logging.getLogger(__name__)
+
+CHUNKS_A_WORKER = 4  # at least, so that the work ends evenly and progress shows
+OBJECT_STORE_BYTES = 100 * 2**20  # Ray carries catalogue rows only; arrays go to disk
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class WorkerDiedError(RuntimeError):
+    """The work on one item ended its worker process, and not for the first time."""
+
+
+@dataclass(frozen=True)
+class Chunk(Generic[Item, Result]):
+    """Items done in one task. result: WorkerDiedError for one item that kills its workers."""
+
+    name: str
+    items: list[Item]
+    result: Result | WorkerDiedError
+
+
+def run_chunks(
+    function: Callable[[str, list[Item]], Result],
+    items: Sequence[Item],
+    *,
+    most: int,
+    workers: int,
+    address: str | None,
+) -> Generator[Chunk[Item, Result], None, None]:
+    """Call function(chunk name, chunk) on Ray for items in chunks of `most`, in parallel.
+
+    workers: chunks at work at once, 0 for one a core; address: of a cluster, None for the session
+    of this process or a new local one. Yields chunks as they finish. What a dead worker left is
+    done again, then item by item, so that one that kills its workers takes no other with it. An
+    exception in function is raised. Closing the generator cancels what is at work.
+    """
+    if not items:
+        return
+    run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:6]}"
+    names = (f"{run}-{number:05d}" for number in itertools.count())
+    with _session(workers, address) as width:
+        size = min(most, math.ceil(len(items) / (CHUNKS_A_WORKER * width)))
+        for length in (size, size, 1):
+            chunks = [list(items[i : i + length]) for i in range(0, len(items), length)]
+            dead = []
+            for chunk in _run(function, zip(names, chunks, strict=False), width):
+                if isinstance(chunk.result, WorkerDiedError):
+                    logger.warning("%s", chunk.result)
+                    dead.append(chunk)
+                else:
+                    yield chunk
+            items = [item for chunk in dead for item in chunk.items]
+    yield from dead
+
+
+def _run(
+    function: Callable[[str, list[Item]], Result],
+    chunks: Iterator[tuple[str, list[Item]]],
+    width: int,
+) -> Iterator[Chunk[Item, Result]]:
+    """Run each chunk once, two a worker in flight."""
+    task: Any = ray.remote(max_retries=0, num_cpus=1)(_call)
+    flying: dict[Any, tuple[str, list[Item]]] = {}
+    try:
+        while True:
+            for name, items in itertools.islice(chunks, 2 * width - len(flying)):
+                flying[task.remote(function, name, items)] = name, items
+            if not flying:
+                return
+            (reference, *_), _ = ray.wait(list(flying), num_returns=1)
+            name, items = flying.pop(reference)
+            result: Result | WorkerDiedError
+            try:
+                result = ray.get(reference)
+            except RayTaskError:  # raised by the function; the other errors are its worker's
+                raise
+            except RayError as error:
+                result = WorkerDiedError(f"a Ray worker died at work on {name}: {error}")
+            yield Chunk(name, items, result)
+    finally:
+        for reference in flying:
+            ray.cancel(reference, force=True)
+
+
+def _call(function: Callable[[str, list[Item]], Result], name: str, items: list[Item]) -> Result:
+    return function(name, items)
+
+
+@contextmanager
+def _session(workers: int, address: str | None) -> Iterator[int]:
+    """Join the Ray session of this process, a cluster, or a new local one; yield the workers."""
+    started = not ray.is_initialized()
+    if started:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        local: dict[str, Any] = {
+            "num_cpus": workers or len(os.sched_getaffinity(0)),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+        address = address or os.environ.get("RAY_ADDRESS")
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            **({} if address else local),
+        )
+    try:
+        yield workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    finally:
+        if started:
+            ray.shutdown()

@@ -1,0 +1,34 @@
+"""What several test modules share: one Ray session for all, and a data folder for each test."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray session with two workers."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers import functions by name
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            object_store_memory=100 * 2**20,
+        )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def data_root(tmp_path: Path) -> str:
+    """A data folder that is not there yet."""
+    return str(tmp_path / "data")

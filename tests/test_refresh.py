@@ -1,0 +1,364 @@
+"""Refresh with real Ray, Parquet and Delta: nothing lost or done twice, whatever is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from faulty_work import sphere, work
+from pyarrow import fs
+
+from tasks import catalogue
+from tasks import refresh as refresh_module
+from tasks.catalogue import CatalogueError, Row, open_version
+from tasks.processing import stage_rows
+from tasks.ray_work import run_chunks
+from tasks.refresh import (
+    FailureBudgetError,
+    RefreshConfig,
+    RefreshReport,
+    plan_refresh,
+    refresh,
+)
+from tasks.shards import read_sdf, read_views, shard_path, verify_file
+from tasks.storage import DatasetBusyError, exclusive
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+LOCAL = fs.LocalFileSystem()
+
+
+class Folder:
+    """A source folder, a data folder, and what was called."""
+
+    def __init__(self, path: Path, root: str):
+        self.path, self.root = path / "meshes", root
+        self.path.mkdir()
+        self.config = RefreshConfig(
+            root,
+            f"folder:{self.path}",
+            (16, 32),
+            views=2,
+            view_size=8,
+            seconds=6,
+            bytes=900 * 2**20,
+            workers=2,
+            shard_assets=2,
+            failure_budget=0.5,
+        )
+
+    def write(self, **files: str) -> None:
+        for name, text in files.items():
+            (self.path / f"{name}.obj").write_text(f"{text}")
+
+    def refresh(self, **changes: object) -> RefreshReport:
+        return refresh(replace(self.config, **changes), process=work)
+
+    def calls(self) -> list[str]:
+        """Return, and forget, the assets worked on."""
+        log = self.path.parent / "calls"
+        names = log.read_text().split() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return sorted(name.removesuffix(".obj") for name in names)
+
+    def rows(self) -> dict[str, Row]:
+        """The newest rows at resolution 16 by name."""
+        rows = open_version(self.root).rows()
+        return {row.uris[0].removesuffix(".obj"): row for row in rows if row.resolution == 16}
+
+    def check_arrays(self, rows: list[Row]) -> None:
+        """Check that every ready row's arrays are there, whole and its own."""
+        for row in rows:
+            if row.status == "ready":
+                path = shard_path(self.root, row.shard, f"sdf-{row.resolution}.parquet")
+                verify_file(LOCAL, path, row.sdf_sha256)
+                expected = sphere(row.resolution, 0.5 + len(row.uris[0]) / 100)
+                got = read_sdf(LOCAL, path, row.row_group)
+                np.testing.assert_array_equal(got.blocks, expected.blocks)
+                np.testing.assert_allclose(got.values, expected.values, atol=5e-5)
+                path = shard_path(self.root, row.shard, "assets.parquet")
+                verify_file(LOCAL, path, row.assets_sha256)
+                assert len(read_views(LOCAL, path, row.assets_row_group)) == 2
+
+    def leftovers(self) -> list[str]:
+        """Files of the data folder that a finished refresh should not leave."""
+        root = Path(self.root)
+        used = catalogue.referenced_shards(self.root)
+        found = [path for path in root.glob("shards/*") if path.name not in used]
+        return [str(path) for path in (*found, *root.glob("staging/*"), *root.rglob("*.tmp"))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, data_root: str) -> Folder:
+    return Folder(tmp_path, data_root)
+
+
+def test_only_what_changed_is_done(folder: Folder) -> None:
+    folder.write(a="good 1", bb="good 2", ccc="good 3", dddd="good 4", copy="good 1")
+    seen: list[tuple[int, int, str]] = []
+    report = refresh(folder.config, lambda *args: seen.append(args), work)
+    assert folder.calls() == ["a", "bb", "ccc", "dddd"]
+    assert report.plan.counts() == {"new": 8}
+    assert report.outcomes == {"ready": 8}
+    assert report.changed_share == 1
+    assert set(report.stage_seconds) == {"load", "render", "convert-16", "convert-32"}
+    assert report.bytes_written > 10_000
+    assert seen[0] == (0, 4, "")
+    assert seen[-1] == (4, 4, "8 ready")
+    first = report.version
+    folder.check_arrays(first.rows())
+    assert folder.rows()["a"].uris == ("a.obj", "copy.obj")
+    assert folder.leftovers() == []
+
+    started = time.monotonic()
+    again = folder.refresh()
+    assert time.monotonic() - started < 5
+    assert folder.calls() == []
+    assert again.version == again.previous == first
+    assert again.plan.counts() == {"unchanged": 8}
+    assert again.changed_share == 0
+
+    folder.write(bb="good 22", eeeee="good 5")
+    (folder.path / "ccc.obj").unlink()
+    (folder.path / "copy.obj").unlink()
+    expected = {"new": 2, "changed": 2, "relabelled": 2, "gone": 4, "unchanged": 2}
+    before = sorted(str(p) for p in Path(folder.root).rglob("*"))
+    assert plan_refresh(folder.config).counts() == expected
+    assert sorted(str(p) for p in Path(folder.root).rglob("*")) == before
+    third = folder.refresh()
+    assert third.plan.counts() == expected
+    assert folder.calls() == ["bb", "eeeee"]
+    assert set(folder.rows()) == {"a", "bb", "dddd", "eeeee"}
+    assert folder.rows()["a"].uris == ("a.obj",)
+    assert third.version.number == first.number + 1
+    for version, count in ((first, 8), (third.version, 8)):
+        rows = open_version(folder.root, version.name).rows()
+        assert len(rows) == count
+        folder.check_arrays(rows)
+
+
+def test_a_stale_recipe_a_new_resolution_and_a_lost_file(folder: Folder) -> None:
+    folder.write(a="good 1", bb="good 2")
+    first = folder.refresh().version
+    folder.calls()
+    report = folder.refresh(resolutions=(16, 40))
+    assert report.plan.counts() == {"new": 2, "gone": 2, "unchanged": 2}
+    assert folder.calls() == ["a", "bb"]
+    report = folder.refresh(views=3, resolutions=(16,))
+    assert {e.reason for e in report.plan.of("stale")} == {"views 2x8 -> 3x8"}
+    folder.refresh()
+    shard = folder.rows()["a"].shard
+    lost = shard_path(folder.root, shard, "sdf-32.parquet")
+    Path(lost).unlink()
+    folder.calls()
+    report = folder.refresh()
+    assert {e.reason for e in report.plan.of("stale")} == {
+        f"shards/{shard}/sdf-32.parquet is missing"
+    }
+    folder.check_arrays(report.version.rows())
+    folder.check_arrays(first.rows())
+
+
+def test_a_bad_asset_is_a_row_and_stops_nothing(folder: Folder) -> None:
+    bad = ["segfault", "hang", "hog", "exception", "reject", "reject_16", "segfault_32"]
+    folder.write(**{name: name for name in bad}, good="good", better="good 2")
+    report = folder.refresh(failure_budget=0.9)
+    rows = {(r.uris[0].removesuffix(".obj"), r.resolution): r for r in report.version.rows()}
+    got = {key: (row.status, row.reason, row.stage) for key, row in rows.items()}
+    both = {
+        "segfault": ("failed", "crashed", "load"),
+        "hang": ("failed", "time_limit", "load"),
+        "hog": ("failed", "memory_limit", "load"),
+        "exception": ("failed", "exception", "load"),
+        "reject": ("rejected", "no_area", ""),
+        "good": ("ready", "", ""),
+        "better": ("ready", "", ""),
+    }
+    assert got == {
+        **{(name, r): outcome for name, outcome in both.items() for r in (16, 32)},
+        ("reject_16", 16): ("rejected", "no_surface", ""),
+        ("reject_16", 32): ("ready", "", ""),
+        ("segfault_32", 16): ("ready", "", ""),
+        ("segfault_32", 32): ("failed", "crashed", "convert-32"),
+    }
+    assert "OverflowError: too round" in rows["exception", 16].detail
+    assert "SIGSEGV" in rows["segfault", 16].detail
+    assert rows["hog", 16].peak_bytes > 700 * 2**20
+    assert rows["good", 16].warnings == ("odd: a little",)
+    folder.check_arrays(report.version.rows())
+    assert len(folder.calls()) == 9
+
+    assert folder.refresh(failure_budget=0.9).plan.counts() == {"unchanged": 18}
+    assert folder.calls() == []
+    folder.write(hang="hang 2")
+    (folder.path / "hog.obj").unlink()
+    (folder.path / "hang.obj").unlink()
+    again = folder.refresh(failure_budget=0.9, retry_failed=True)
+    assert again.plan.counts() == {"retry": 5, "gone": 4, "unchanged": 9}
+    assert folder.calls() == ["exception", "segfault", "segfault_32"]
+    assert folder.leftovers() == []
+
+
+def test_a_killed_worker_costs_no_asset(folder: Folder) -> None:
+    folder.write(**{f"good{n}": f"good {n}" for n in range(6)}, once="kill_worker_once")
+    report = folder.refresh(shard_assets=4)
+    assert report.outcomes == {"ready": 14}
+    folder.check_arrays(report.version.rows())
+    assert folder.calls().count("once") == 2
+    # One that always kills its worker takes no other with it.
+    folder.write(always="kill_worker", other="good 7")
+    report = folder.refresh(shard_assets=4)
+    assert report.outcomes == {"ready": 16, "failed: worker_died": 2}
+    assert "died" in folder.rows()["always"].detail
+    assert folder.calls().count("always") == 3
+    assert folder.refresh().plan.counts() == {"unchanged": 18}
+    assert folder.leftovers() == []
+
+
+DRIVER = """
+import sys; sys.path[:] = {path!r}
+from faulty_work import work
+from tasks.refresh import RefreshConfig, refresh
+refresh({config!r}, process=work)
+"""
+
+
+def test_a_killed_driver_loses_and_doubles_nothing(folder: Folder) -> None:
+    folder.write(a="good 1")
+    first = folder.refresh().version
+    folder.calls()
+    folder.write(**{f"x{n}": f"slow 0.4 {n}" for n in range(12)})
+    script = DRIVER.format(path=sys.path, config=folder.config)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment) as driver:
+        staging = Path(folder.root) / "staging"
+        deadline = time.monotonic() + 90
+        while len(list(staging.glob("*.parquet"))) < 2:
+            assert driver.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(DatasetBusyError):
+            folder.refresh()
+        offspring = psutil.Process(driver.pid).children(recursive=True)
+        driver.send_signal(signal.SIGKILL)
+    assert open_version(folder.root) == first
+    gone, alive = psutil.wait_procs(offspring, timeout=30)
+    assert not alive
+    assert len(gone) > 4
+    staged = len(list(staging.glob("*.parquet")))
+    done = folder.calls()
+    assert 2 <= len(done) < 12
+    report = folder.refresh()
+    counts = report.plan.counts()
+    assert counts["staged"] >= 2 * staged
+    assert counts["staged"] + counts["new"] == 24
+    assert len(folder.calls()) == counts["new"] // 2
+    rows = report.version.rows()
+    assert len(rows) == len({row.key for row in rows}) == 26
+    folder.check_arrays(rows)
+    assert report.version.number == first.number + 1
+    assert folder.leftovers() == []
+
+
+@pytest.mark.parametrize("where", ["commit", "_remove_staged"])
+def test_a_kill_around_the_commit(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*args: object) -> None:
+        raise Killed
+
+    folder.write(a="good 1", bb="good 2", bad="exception")
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue if where == "commit" else refresh_module, where, die)
+        with pytest.raises(Killed):
+            folder.refresh()
+    folder.calls()
+    report = folder.refresh()
+    assert folder.calls() == []
+    assert report.plan.counts() == {"staged" if where == "commit" else "unchanged": 6}
+    assert report.version.number == 1
+    assert report.outcomes == {"ready": 4, "failed: exception": 2}
+    folder.check_arrays(report.version.rows())
+    assert folder.leftovers() == []
+
+
+def test_too_many_failures_stop_the_refresh_and_keep_the_rest(folder: Folder) -> None:
+    folder.write(**{f"bad{n}": f"exception {n}" for n in range(8)}, good="good")
+    with pytest.raises(FailureBudgetError, match=r"(?s)of 18 rows.*exception.*retry_failed"):
+        folder.refresh(failure_budget=0.2, shard_assets=1)
+    assert len(folder.calls()) < 9
+    assert open_version(folder.root).rows() == []
+    report = folder.refresh(failure_budget=1.0)
+    assert report.plan.counts()["staged"] >= 4
+    assert report.outcomes == {"failed: exception": 16, "ready": 2}
+    folder.calls()
+    with pytest.raises(FailureBudgetError):
+        folder.refresh(failure_budget=0.2)
+    assert folder.calls() == []
+
+
+def test_orphans_go_and_old_versions_keep_their_shards(folder: Folder) -> None:
+    folder.write(a="good 1")
+    first = folder.refresh().version
+    folder.write(a="good 2")
+    orphan = Path(folder.root) / "shards/orphan/sdf-16.parquet"
+    orphan.parent.mkdir()
+    orphan.write_bytes(b"half")
+    # A worker that outlived its driver stages rows of a shard that was taken for an orphan.
+    late = replace(first.rows()[0], asset_id="f" * 64, shard="lost", uris=("late.obj",))
+    stage_rows(folder.root, "late", [late])
+    report = folder.refresh()
+    assert report.plan.counts() == {"changed": 2, "gone": 2}
+    assert not orphan.parent.exists()
+    folder.check_arrays(first.rows())
+    assert folder.leftovers() == []
+
+
+def test_one_refresh_at_a_time(folder: Folder) -> None:
+    folder.write(a="good 1")
+    with exclusive(folder.root), pytest.raises(DatasetBusyError, match="another refresh"):
+        folder.refresh()
+    # Where there is no lock (object stores), the second commit is refused.
+    base = catalogue.create(folder.root)
+    folder.refresh()
+    with pytest.raises(CatalogueError, match="run it again"):
+        catalogue.commit(base, open_version(folder.root).rows(), [])
+
+
+def test_an_empty_source_and_bad_figures_are_refused(folder: Folder) -> None:
+    with pytest.raises(ValueError, match="no assets"):
+        folder.refresh()
+    with pytest.raises(ValueError, match="multiples of 8"):
+        folder.refresh(resolutions=(20,))
+    with pytest.raises(ValueError, match="failure_budget"):
+        folder.refresh(failure_budget=2.0)
+
+
+def _explode(name: str, items: list[int]) -> int:
+    raise OSError("no space left on device")
+
+
+def test_an_error_of_ours_stops_the_work() -> None:
+    with pytest.raises(OSError, match="no space left"):
+        list(run_chunks(_explode, [1, 2], most=1, workers=2, address=None))
+
+
+def test_the_real_work_on_procedural_assets(data_root: str) -> None:
+    config = RefreshConfig(data_root, "procedural:2", (32,), views=2, view_size=32, workers=2)
+    report = refresh(config)
+    assert report.outcomes == {"ready": 2}
+    for row in report.version.rows():
+        assert row.licence == "CC0-1.0"
+        sdf = read_sdf(LOCAL, shard_path(data_root, row.shard, "sdf-32.parquet"), row.row_group)
+        assert sdf.band_voxels == row.band_voxels > 100
+        path = shard_path(data_root, row.shard, "assets.parquet")
+        assert len(read_views(LOCAL, path, row.assets_row_group)) == 2
+    assert os.environ.get("RAY_ADDRESS") is None
