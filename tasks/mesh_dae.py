@@ -229,7 +229,7 @@ def node_matrix(node: etree._Element) -> np.ndarray:
             axis = np.array([x, y, z]) / max(np.sqrt(x * x + y * y + z * z), 1e-300)
             cross = np.cross(np.eye(3), axis)
             angle = np.deg2rad(degrees)
-            step[:3, :3] += -np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+            step[:3, :3] += np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
         else:
             continue
         matrix = matrix @ step

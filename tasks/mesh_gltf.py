@@ -408,8 +408,7 @@ def read_gltf(data: bytes, reading: Reading) -> None:
     for i in order:  # grows while it is walked: every node after its parent
         children = nodes[i].get("children", [])
         for child in children:
-            with np.errstate(all="ignore"):
-                gltf.globals[child] = gltf.globals[i] @ gltf.globals[child]
+            gltf.globals[child] = gltf.globals[i] @ gltf.globals[child]
         order.extend(children)
     shown = list(roots)
     for i in shown:

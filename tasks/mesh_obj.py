@@ -22,11 +22,13 @@ MAP_OPTIONS = {
 
 
 def text_lines(data: bytes) -> list[str]:
-    """Return stripped lines, tabs as blanks, continued lines joined."""
+    """Return lines without blanks before them, tabs as blanks, continued lines joined."""
     text = data.decode("utf-8", errors="replace").replace("\t", " ")
     if "\\" in text:
         text = re.sub(r"\\[ ]*\r?\n", " ", text)
-    return [line.strip() for line in text.splitlines()]
+    if re.search(r"^ ", text, re.MULTILINE):
+        text = re.sub(r"^ +", "", text, flags=re.MULTILINE)
+    return text.splitlines()
 
 
 def obj_references(data: bytes) -> list[str]:
@@ -87,15 +89,64 @@ def read_mtl(data: bytes, reading: Reading) -> dict[str, Material]:
     return materials
 
 
-def obj_index(texts: list[str], total: int, before: np.ndarray, what: str) -> np.ndarray:
+def face_numbers(rows: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return corners of each `f` line [F], their vertex [C] and texture [C] numbers, 0 for none.
+
+    Lines of one shape, nearly always all of them, are parsed as a table, others word by word.
+    """
+    text = "\n".join(rows)
+    if "  " in text or " \n" in text or text.endswith(" "):
+        rows = re.sub(r" +(?=\n|$)", "", re.sub(r" {2,}", " ", text)).split("\n")
+    # One blank before each word: a line's blanks are its corners.
+    blanks = np.fromiter((row.count(" ") for row in rows), np.int64, len(rows))
+    counts = np.zeros(len(rows), np.int64)
+    found = {}
+    for shape in np.unique(blanks):
+        where = np.flatnonzero(blanks == shape)
+        found[shape] = face_table([rows[i] for i in where], int(shape))
+        counts[where] = found[shape][0]
+    starts = np.cumsum(counts) - counts
+    vertex, texture = np.zeros((2, counts.sum()), np.int64)
+    for shape, (sizes, vertices, textures) in found.items():
+        first = np.repeat(starts[blanks == shape] - (np.cumsum(sizes) - sizes), sizes)
+        at = first + np.arange(len(vertices))
+        vertex[at], texture[at] = vertices, textures
+    return counts, vertex, texture
+
+
+def face_table(rows: list[str], corners: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what `face_numbers` does for lines of so many words after the `f`."""
+    total = corners * len(rows)
+    text = "\n".join(rows)
+    slashes, doubled = text.count("/"), text.count("//")
+    # a, a/b, a//c, a/b/c: numbers of a corner, and which of them is the texture's
+    style = {(0, 0): (1, 0), (1, 0): (2, 1), (2, 1): (2, 0), (2, 0): (3, 1)}
+    per, at = style.get((slashes // max(total, 1), doubled // max(total, 1)), (0, 0))
+    if per and corners > 0 and slashes % total == doubled % total == 0:
+        flat = text.replace("//", " ").replace("/", " ").splitlines()
+        try:
+            table = np.loadtxt(flat, np.int64, usecols=range(1, per * corners + 1), ndmin=2)
+        except (ValueError, IndexError):
+            pass
+        else:
+            table = table.reshape(-1, per)
+            texture = table[:, at] if at else np.zeros(total, np.int64)
+            return np.full(len(rows), corners), table[:, 0], texture
+    words = [row.split("#")[0].split()[1:] for row in rows]
+    parts = [word.split("/") for word in chain.from_iterable(words)]
+    try:
+        vertex = np.array([int(p[0]) for p in parts], np.int64)
+        texture = np.array([int(p[1]) if len(p) > 1 and p[1] else 0 for p in parts], np.int64)
+    except (ValueError, OverflowError) as error:
+        raise MeshRejectedError("malformed", f"a face: {error}") from error
+    return np.array([len(w) for w in words], np.int64), vertex, texture
+
+
+def obj_index(index: np.ndarray, total: int, before: np.ndarray, what: str) -> np.ndarray:
     """Return 0-based indices of 1-based or (negative) relative ones.
 
     before: how many elements stood before each corner; total: how many there are in all.
     """
-    try:
-        index = np.fromiter(map(int, texts), np.int64, len(texts))
-    except (ValueError, OverflowError):
-        raise MeshRejectedError("malformed", f"{what} index that is no integer") from None
     wrong = (index == 0) | (index > total) | (index < -before)
     if wrong.any():
         detail = f"{what} index {index[wrong][0]} of {total} (OBJ counts from 1)"
@@ -118,36 +169,32 @@ def float_table(rows: list[str], columns: int) -> np.ndarray:
 def read_obj(data: bytes, reading: Reading) -> None:
     """Read an OBJ: polygons, texture coordinates, materials, vertex colours."""
     lines = text_lines(data)
-    keyword = np.array([line[:3] for line in lines], dtype="U3")
-    is_vertex = np.char.startswith(keyword, "v ")
-    is_uv = keyword == "vt "
-    is_face = np.char.startswith(keyword, "f ")
+    keyword = np.array([line[:2] for line in lines], dtype="U2")
+    is_vertex, is_uv = keyword == "v ", keyword == "vt"
     vertex_rows = [lines[i] for i in np.flatnonzero(is_vertex)]
     reading.points = len(vertex_rows)
-    face_lines = np.flatnonzero(is_face)
+    face_lines = np.flatnonzero(keyword == "f ")
     if len(face_lines) == 0 or not vertex_rows:
         if len(face_lines):
             raise MeshRejectedError("index_out_of_range", "faces but no vertices")
         return
     reading.check_limits(len(vertex_rows), len(face_lines))
 
-    words = [lines[i].split("#")[0].split()[1:] for i in face_lines]
-    counts = np.fromiter(map(len, words), np.int64, len(words))
-    corners = [c.split("/") for c in chain.from_iterable(words)]
+    counts, corners, textures = face_numbers([lines[i] for i in face_lines])
     line_of_corner = np.repeat(face_lines, counts)
     before = np.cumsum(is_vertex)[line_of_corner]
-    index = obj_index([c[0] for c in corners], len(vertex_rows), before, "vertex")
+    index = obj_index(corners, len(vertex_rows), before, "vertex")
     table = float_table(vertex_rows, 3)
     triangles, polygon = triangulate(table[index], counts)
 
     materials = obj_materials(lines, keyword, reading)
     textured = any(reading.materials[m].texture is not None for m in set(materials[1]))
     uv = None
-    if textured and is_uv.any() and all(len(c) > 1 and c[1] for c in corners):
+    if textured and is_uv.any() and textures.all():
         uv_table = float_table([lines[i] for i in np.flatnonzero(is_uv)], 2)
         before = np.cumsum(is_uv)[line_of_corner]
         try:
-            uv_index = obj_index([c[1] for c in corners], len(uv_table), before, "texture")
+            uv_index = obj_index(textures, len(uv_table), before, "texture")
             uv = (uv_table, uv_index[triangles])
         except MeshRejectedError as error:
             reading.warn("broken_texture", error.detail)
@@ -185,7 +232,7 @@ def obj_materials(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the lines of `usemtl` [U] and the material in use from each: [U + 1], 0 before."""
     library: dict[str, Material] = {}
-    for i in np.flatnonzero(keyword == "mtl"):
+    for i in np.flatnonzero(keyword == "mt"):
         name = lines[i].partition(" ")[2].strip()
         if lines[i].startswith("mtllib ") and name:
             try:
@@ -194,7 +241,7 @@ def obj_materials(
                 reading.warn("missing_material", f"{error.reason}, {error.detail}")
     default = reading.material(GREY)
     at, use, index = [], [default], {}
-    for i in np.flatnonzero(keyword == "use"):
+    for i in np.flatnonzero(keyword == "us"):
         if lines[i].startswith("usemtl"):
             name = lines[i][6:].strip()
             if name not in index:

@@ -259,9 +259,8 @@ class Reading:
         if transform is not None:
             if not np.isfinite(transform).all():
                 raise MeshRejectedError("non_finite_transform", str(transform.tolist()))
-            with np.errstate(all="ignore"):
-                vertices = vertices @ transform[:3, :3].T + transform[:3, 3]
-                mirrored = np.linalg.det(transform[:3, :3]) < 0
+            vertices = vertices @ transform[:3, :3].T + transform[:3, 3]
+            mirrored = np.linalg.det(transform[:3, :3]) < 0
             if not np.isfinite(vertices).all():
                 raise MeshRejectedError("non_finite_transform", str(transform.tolist()))
             faces = faces[:, ::-1] if mirrored else faces
