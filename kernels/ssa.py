@@ -15,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 MAX_COORDINATE = 4096  # three coordinates, padded to blocks, and the batch fit one int64 key
 MAX_TOP_K = 64
-HEAD_DIMS = (32, 64, 128)
-MAX_GROUP = 32
 CHUNK_ELEMENTS = 1 << 22  # logits the reference holds at once
 
 
@@ -177,6 +175,10 @@ def spatial_sparse_attention(
     has fewer, and of equal scores the first block. No gradient flows through the selection.
     """
     _check_inputs(q, k, v, k_cmp, v_cmp, gates, layout, top_k)
+    if q.device.type == "cuda" and q.dtype != torch.float64:
+        from kernels import ssa_triton  # triton is needed on CUDA alone
+
+        return ssa_triton.attention(q, k, v, k_cmp, v_cmp, gates, layout, top_k)
     return ssa_reference(q, k, v, k_cmp, v_cmp, gates, layout, top_k)
 
 

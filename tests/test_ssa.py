@@ -40,7 +40,7 @@ def sorted_layout(coords, compression, selection, window, shift):
 
 
 def naive_ssa(q, k, v, k_cmp, v_cmp, gates, layout, top_k):
-    """Token by token and head by head, straight from the definition, blocks named by coordinates."""
+    """Token by token, head by head, from the definition, with blocks named by coordinates."""
     rows = [tuple(row) for row in layout.coords.tolist()]
     compressed = [tuple(row) for row in layout.compression_coords.tolist()]
 
@@ -80,7 +80,7 @@ def naive_ssa(q, k, v, k_cmp, v_cmp, gates, layout, top_k):
 
 
 def relative_error(got, expected):
-    return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
+    return ((got - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 @pytest.mark.parametrize(
