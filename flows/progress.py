@@ -12,12 +12,11 @@ ARTIFACT_SECONDS = 2.0  # an update is a request to the API
 
 
 class Progress:
-    """Counts `done` of `total` units of one piece of work, to the terminal and to Prefect."""
+    """Counts what is done of one piece of work, to the terminal and to Prefect."""
 
-    def __init__(self, name: str, total: int, unit: str):
+    def __init__(self, name: str, unit: str):
         interactive = sys.stderr.isatty()
         self.bar = tqdm(
-            total=total,
             desc=name,
             unit=unit,
             dynamic_ncols=interactive,
@@ -31,15 +30,16 @@ class Progress:
                 progress=0.0, key=name.replace("_", "-").lower(), description=f"{name}: {unit}s"
             )
 
-    def update(self, done: int, detail: str = "") -> None:
-        """Set the number of finished units, and a short text shown beside it."""
+    def update(self, done: int, total: int, detail: str = "") -> None:
+        """Set how many units are finished, of how many, and a short text shown beside them."""
+        self.bar.total = total
         if detail:
             self.bar.set_postfix_str(detail, refresh=False)
         self.bar.update(done - self.bar.n)
-        due = time.monotonic() - self.artifact_at >= ARTIFACT_SECONDS or done == self.bar.total
-        if self.artifact is not None and due and self.bar.total:
+        due = time.monotonic() - self.artifact_at >= ARTIFACT_SECONDS or done == total
+        if self.artifact is not None and due and total:
             self.artifact_at = time.monotonic()
-            update_progress_artifact(self.artifact, progress=100 * done / self.bar.total)
+            update_progress_artifact(self.artifact, progress=100 * done / total)
 
     def __enter__(self) -> "Progress":
         return self

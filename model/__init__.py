@@ -1,0 +1,1 @@
+"""Modules and maths of the models: no files, no network."""

@@ -1,0 +1,1 @@
+"""Units of work, between the flows and the models."""

@@ -1,0 +1,69 @@
+"""`encode-latents`: the latents that the diffusion transformers learn."""
+
+import logging
+from typing import Annotated
+
+from prefect import flow
+from pydantic import Field
+
+from flows.progress import Progress
+from flows.run import markdown_table, publish, tracked
+from tasks import models, tracking
+from tasks.catalogue import open_version
+from tasks.dataset import log_dataset
+from tasks.encoding import encode
+from tasks.generation import stages_of
+from tasks.presets import load_preset
+
+logger = logging.getLogger(__name__)
+
+
+@flow(name="encode-latents")
+def encode_latents(
+    preset: str = "tiny",
+    data: str = "data",
+    version: Annotated[int, Field(ge=0)] | None = None,
+    vae: str | None = None,
+) -> str:
+    """Encode a dataset version under a registered VAE, once for each resolution of the preset.
+
+    Latents are cached in the data folder with their mean and scale; those that are there already
+    are not made again. Returns the VAE's name and version.
+
+    Args:
+        preset: tiny, small, paper, or the path of a .toml file.
+        data: data folder, or an address such as s3://bucket/folder.
+        version: dataset version to encode, a number; None takes the newest.
+        vae: registered VAE, such as gigashape-vae@champion or gigashape-vae/3; None takes the
+            champion.
+    """
+    sizes = load_preset(preset)
+    dataset = open_version(data, version)
+    uri = tracking.tracking_uri(data)
+    wanted = vae or f"{models.model_name(stages_of(sizes)[0])}@{models.CHAMPION}"
+    autoencoder = models.reference(tracking.resolve_model(wanted, uri))
+    params = {"preset": sizes.name, "dataset": dataset.name, "vae": autoencoder}
+    with tracked("encode-latents", f"latents-{dataset.name}", data, params) as tracking_run:
+        log_dataset(tracking_run.run, dataset, "encoding")
+        rows = []
+        for stage in sizes.dit_stages():
+            resolution = int(stage.removeprefix("dit-"))
+            with Progress(f"encode-{resolution}", "asset") as bar:
+                latents = encode(dataset, autoencoder, resolution, uri, bar.update)
+            tokens = [sample.tokens for sample in latents.samples]
+            rows.append(
+                {
+                    "resolution": resolution,
+                    "samples": len(tokens),
+                    "tokens": sum(tokens),
+                    "most_tokens": max(tokens),
+                    "digest": latents.digest,
+                    "mean": [round(float(v), 4) for v in latents.mean],
+                    "scale": [round(float(v), 4) for v in latents.scale],
+                }
+            )
+            metrics = {"samples": float(len(tokens)), "tokens": float(sum(tokens))}
+            tracking_run.run.log_metrics({f"{k}/{resolution}": v for k, v in metrics.items()})
+        tracking_run.run.log_table(rows, "latents")
+        publish("latents", markdown_table(rows))
+    return autoencoder

@@ -1,0 +1,119 @@
+"""`refresh-dataset`: make the newest dataset version mirror a source of meshes."""
+
+import logging
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from prefect import flow
+from prefect.events import emit_event
+from pydantic import Field
+
+from flows.progress import Progress
+from flows.run import markdown_table, publish, tracked
+from tasks.dataset import log_summary
+from tasks.presets import load_preset
+from tasks.refresh import RefreshConfig, plan_refresh, refresh
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """What a refresh left. changed_share: of the assets and resolutions, in [0, 1]."""
+
+    version: int
+    version_name: str
+    changed_share: float
+    outcomes: dict[str, int]
+    url: str
+
+
+@flow(name="refresh-dataset")
+def refresh_dataset(
+    source: str | None = None,
+    preset: str = "tiny",
+    data: str = "data",
+    resolutions: list[Annotated[int, Field(ge=8, le=2048, multiple_of=8)]] | None = None,
+    engine: Literal["sparse", "mesh2sdf"] | None = None,
+    plan: bool = False,
+    workers: Annotated[int, Field(ge=0)] = 0,
+    asset_seconds: Annotated[float, Field(gt=0)] = 900.0,
+    asset_gigabytes: Annotated[float, Field(gt=0)] = 6.0,
+    failure_budget: Annotated[float, Field(ge=0, le=1)] = 0.2,
+    retry_failed: bool = False,
+    retrain_share: Annotated[float, Field(gt=0, le=1)] = 0.1,
+    licences: list[str] | None = None,
+) -> Refreshed | None:
+    """Bring a dataset up to date with its source: only what is new, changed or stale is worked on.
+
+    Each asset is parsed, checked, scaled to 0.95 of [-1, 1], rendered, made watertight and stored
+    as a sparse signed distance field. A broken asset becomes a row with a reason. The result is a
+    new, immutable dataset version; a refresh that is killed leaves the last one and resumes.
+
+    Args:
+        source: where assets come from: folder:PATH (any depth; glb, gltf, obj, ply, stl, off, dae,
+            3mf), procedural:COUNT, objaverse:FILE_OR_UIDS, shapenet:PATH. None takes the preset's.
+        preset: tiny, small, paper, or the path of a .toml file.
+        data: data folder, or an address such as s3://bucket/folder.
+        resolutions: voxels along an axis, multiples of 8. None takes the preset's.
+        engine: conversion engine; mesh2sdf needs minutes a mesh and 256 at most. None takes the
+            preset's.
+        plan: only say what is new, changed, stale or gone, and why.
+        workers: assets worked on at once; 0 takes one a core.
+        asset_seconds: time limit of an asset, in seconds.
+        asset_gigabytes: memory limit of an asset, in GiB.
+        failure_budget: share of rows that may crash or exceed their limits before the refresh
+            stops with an error, 0 to 1. Rejected assets do not count.
+        retry_failed: try again what crashed or exceeded its limits before.
+        retrain_share: share of changed rows from which on `retrain` is triggered, above 0 to 1.
+        licences: only assets under these licences, as the source names them; None takes all.
+    """
+    sizes = load_preset(preset)
+    config = RefreshConfig(
+        root=data,
+        source=source or sizes.data.source,
+        resolutions=tuple(resolutions or sizes.data.resolutions),
+        engine=engine or sizes.data.engine,
+        views=sizes.data.views,
+        view_size=sizes.data.view_size,
+        held_out=sizes.data.held_out,
+        seconds=asset_seconds,
+        bytes=int(asset_gigabytes * 2**30),
+        workers=workers,
+        failure_budget=failure_budget,
+        retry_failed=retry_failed,
+        licences=tuple(licences) if licences else None,
+    )
+    if plan:
+        table = plan_refresh(config).table()
+        print(table)  # noqa: T201 - what was asked for
+        publish("refresh-plan", f"```\n{table}\n```")
+        return None
+    with tracked("refresh-dataset", config.source, data, {"config": config}) as tracking:
+        with Progress("refresh", "asset") as bar:
+            report = refresh(config, bar.update)
+        logger.info("plan:\n%s", report.plan.table())
+        log_summary(tracking.run, report)
+        outcomes = [{"outcome": name, "rows": rows} for name, rows in report.outcomes.items()]
+        publish("refresh-outcomes", markdown_table(outcomes))
+        logger.info(
+            "dataset version %s: %s%s",
+            report.version.name,
+            ", ".join(f"{count} {outcome}" for outcome, count in report.outcomes.items()),
+            " (nothing changed: the last version is kept)"
+            if report.version.number == report.previous.number
+            else "",
+        )
+        if report.changed_share >= retrain_share:
+            emit_event(
+                "gigashape.dataset.drifted",
+                {"prefect.resource.id": f"gigashape.dataset.{report.version.digest[:12]}"},
+                payload={"changed_share": report.changed_share, "version": report.version.number},
+            )
+        return Refreshed(
+            report.version.number,
+            report.version.name,
+            report.changed_share,
+            report.outcomes,
+            tracking.url,
+        )

@@ -1,0 +1,108 @@
+"""What every flow does around its work: one MLflow run, a link to it in Prefect, a Ray session."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.runtime import flow_run
+
+from tasks import tracking
+from tasks.metrics import Surface
+from tasks.pictures import VIEWER_FACES, save_glb, viewer_html
+from tasks.ray_work import session
+from tasks.tracking import Run
+
+MLFLOW_UI = "http://127.0.0.1:5000"  # where `make ui` serves it; GIGASHAPE_MLFLOW_UI says otherwise
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """The MLflow run of a flow, its page, and the runs of flows called inside."""
+
+    run: Run
+    experiment: str
+    name: str
+    url: str
+    children: list["Tracked"] = field(default_factory=list)
+
+
+_parent: ContextVar[Tracked | None] = ContextVar("parent", default=None)
+
+
+@contextmanager
+def tracked(
+    experiment: str,
+    name: str,
+    data: str,
+    params: Mapping[str, object],
+    resume: bool = False,
+) -> Iterator[Tracked]:
+    """Open the one MLflow run of a flow, and a Ray session for its work.
+
+    It ends FINISHED, FAILED on an exception, KILLED on a cancellation. Flows called inside become
+    its children. resume: continue the unfinished run of that name, if there is one.
+    """
+    uri = tracking.tracking_uri(data)
+    parent = _parent.get()
+    tags = {"prefect.flow_run_id": flow_run.id, "prefect.flow_run_name": flow_run.name}
+    run = None
+    if resume and (found := tracking.find_run(experiment, name, uri)):
+        candidate = tracking.attach(found, uri)
+        if candidate.status() != "FINISHED":
+            run = tracking.attach(found, uri, take_over=True)
+            logger.info("continuing MLflow run %s (%s)", name, found)
+    if run is None:
+        run = tracking.start_run(
+            experiment, name, uri, params, tags, parent.run if parent else None
+        )
+    url = run.url(os.environ.get("GIGASHAPE_MLFLOW_UI", MLFLOW_UI))
+    create_link_artifact(url, f"MLflow: {experiment} / {name}", key="mlflow-run")
+    opened = Tracked(run, experiment, name, url)
+    if parent is not None:
+        parent.children.append(opened)
+    token = _parent.set(opened)
+    try:
+        with run, session():
+            yield opened
+    finally:
+        _parent.reset(token)
+
+
+def publish(key: str, markdown: str) -> None:
+    """Leave a Markdown artifact on the flow run's page."""
+    create_markdown_artifact(markdown, key=key)
+
+
+def markdown_table(rows: list[Mapping[str, object]]) -> str:
+    """Return rows as a Markdown table; the columns are the first row's."""
+    if not rows:
+        return "(none)"
+    columns = list(rows[0])
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    for row in rows:
+        cells = (row[column] for column in columns)
+        lines.append(" | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def log_meshes(run: Run, meshes: Mapping[str, Surface], folder: str, name: str) -> None:
+    """Log meshes as .glb files, and together as one page that shows them in the MLflow UI."""
+    shown = {kind: mesh for kind, mesh in meshes.items() if len(mesh[1])}
+    with tempfile.TemporaryDirectory() as temporary:
+        for kind, mesh in shown.items():
+            path = Path(temporary) / f"{name}-{kind}.glb"
+            save_glb(*mesh, path)
+            run.log_file(path, folder)
+    faces = sum(len(mesh[1]) for mesh in shown.values())
+    if faces > VIEWER_FACES:
+        logger.warning("%s: %d faces are too many for a viewer page; see its .glb", name, faces)
+    elif shown:
+        run.log_text(viewer_html(shown, name), f"{folder}/{name}.html")

@@ -1,0 +1,53 @@
+"""What the training flows share: train a stage on Ray unless that was done, and register it."""
+
+import logging
+from functools import partial
+
+import ray
+
+from flows.progress import Progress
+from flows.run import Tracked
+from tasks import models
+from tasks.ray_training import TrainingJob, train_on_ray
+from tasks.reporting import MLflowReport, watched
+from tasks.tracking import ModelVersion
+
+logger = logging.getLogger(__name__)
+
+
+def train_stage(
+    job: TrainingJob, tracked: Tracked, workers: int, fresh: bool, tags: dict[str, str]
+) -> ModelVersion:
+    """Train one stage and register it; return the registered version if nothing changed."""
+    run = tracked.run
+    found = None if fresh else models.registered(job.stage, job.run_name, run.uri)
+    if found is not None and found.tags["finished"] == "True":
+        logger.info(
+            "%s: data and configuration are those of %s, so it is not trained again",
+            job.stage,
+            models.reference(found),
+        )
+        return found
+    config = job.preset.training[job.stage]
+    with Progress(job.stage, "step") as bar, watched(bar.update) as writer:
+        report = partial(MLflowReport, run.run_id, run.uri, job.stage, config.steps, writer)
+        use_gpu = ray.cluster_resources().get("GPU", 0) >= workers
+        result = train_on_ray(job, report, workers, use_gpu, fresh=fresh)
+    if not result.finished:
+        logger.warning(
+            "%s: stopped by max_minutes at step %d of %d", job.stage, result.step, config.steps
+        )
+    version = models.register(
+        job.stage,
+        result.checkpoint,
+        run,
+        {
+            "training_run": job.run_name,
+            "preset": job.preset.name,
+            "step": result.step,
+            "finished": result.finished,
+            **tags,
+        },
+    )
+    logger.info("%s: registered as %s %s", job.stage, models.reference(version), version.aliases)
+    return version

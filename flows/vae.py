@@ -1,0 +1,60 @@
+"""`train-vae`: train the sparse SDF VAE on a dataset version."""
+
+from typing import Annotated
+
+from prefect import flow
+from pydantic import Field
+
+from flows.run import tracked
+from flows.stages import train_stage
+from tasks import models, tracking
+from tasks.catalogue import open_version
+from tasks.dataset import log_dataset, samples_of
+from tasks.presets import load_preset
+from tasks.ray_training import TrainingJob
+
+
+@flow(name="train-vae")
+def train_vae(
+    preset: str = "tiny",
+    data: str = "data",
+    version: Annotated[int, Field(ge=0)] | None = None,
+    workers: Annotated[int, Field(ge=1)] = 1,
+    fresh: bool = False,
+) -> str:
+    """Train the sparse SDF VAE, and register it.
+
+    A training that was interrupted continues where it stopped; one whose data and configuration
+    did not change is not done again. Returns the model's name and version.
+
+    Args:
+        preset: tiny, small, paper, or the path of a .toml file.
+        data: data folder, or an address such as s3://bucket/folder.
+        version: dataset version to train on, a number; None takes the newest.
+        workers: processes that train together, a GPU each where there are GPUs.
+        fresh: train from the start, even where this was done or begun before.
+    """
+    sizes = load_preset(preset)
+    dataset = open_version(data, version)
+    samples = tuple(samples_of(dataset))
+    stages = [name for name in sizes.training if name.startswith("vae")]
+    params = {"preset": sizes, "dataset": dataset.name}
+    with tracked("train-vae", f"vae-{dataset.name}", data, params, resume=True) as tracking_run:
+        run = tracking_run.run
+        log_dataset(run, dataset, "training")
+        done = None
+        for stage in stages:
+            begins = sizes.training[stage].start_from != ""
+            job = TrainingJob(
+                stage,
+                sizes,
+                data,
+                samples,
+                dataset.digest,
+                start=tracking.download_model(done, run.uri) if begins and done else None,
+                provenance={"dataset": dataset.digest},
+            )
+            tags = {"dataset": dataset.name, "dataset_digest": dataset.digest}
+            done = models.reference(train_stage(job, tracking_run, workers, fresh, tags))
+        assert done is not None
+        return done

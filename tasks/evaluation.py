@@ -1,0 +1,246 @@
+"""Scores of trained models on a dataset version: reconstruction and generation.
+
+Reconstruction has three errors side by side, so that none hides another: the VAE against the
+watertight surface it learned, the VAE against the original mesh, and the conversion alone, without
+any network, against the original mesh. Distances are in the [-1, 1] frame.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from model.marching_cubes import marching_cubes
+from model.sdf import BLOCK, SparseSDF
+from model.vae import band_tensor
+from tasks.generation import (
+    CHUNKED_GRID,
+    Models,
+    generate,
+    load_models,
+    stages_of,
+    untrained_models,
+)
+from tasks.metrics import (
+    Surface,
+    f_score_name,
+    sample_surface,
+    set_scores,
+    surface_scores,
+    topology,
+)
+from tasks.presets import EvaluationConfig, Preset
+from tasks.rendering import render_geometry
+from tasks.samples import SampleRef
+from tasks.shards import read_geometry, read_image, read_sdf
+from tasks.stages import VAEModule, build_module, load_module
+from tasks.storage import open_filesystem
+from tasks.training import autocast
+
+FIXED_THRESHOLDS = (0.001, 0.005)  # the paper's F-scores
+SET_POINTS = 2048  # of a shape, for comparing sets
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One asset's scores, its pictures (label -> [S, S, 3 or 4] uint8) and its meshes."""
+
+    asset_id: str
+    resolution: int
+    scores: dict[str, float]
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
+    meshes: dict[str, Surface] = field(default_factory=dict)
+
+
+def thresholds(resolution: int) -> tuple[float, ...]:
+    """Return the F-scores' distances: the paper's two, and one and two voxels."""
+    return (*FIXED_THRESHOLDS, 2 / resolution, 4 / resolution)
+
+
+def voxel_scores(prefix: str, scores: dict[str, float], resolution: int) -> dict[str, float]:
+    """Return scores with a prefix, those at one and two voxels named so."""
+    names = {
+        f_score_name(2 / resolution): "f_score_1_voxel",
+        f_score_name(4 / resolution): "f_score_2_voxels",
+    }
+    return {f"{prefix}/{names.get(name, name)}": value for name, value in scores.items()}
+
+
+def score_pair(
+    prefix: str,
+    predicted: Surface,
+    reference: Surface,
+    resolution: int,
+    config: EvaluationConfig,
+    visible_only: bool = False,
+) -> dict[str, float]:
+    """Score a mesh against a reference; an empty mesh has F-scores of zero and no distances."""
+    if not len(predicted[1]):
+        zeros = {f_score_name(threshold): 0.0 for threshold in thresholds(resolution)}
+        return voxel_scores(prefix, zeros, resolution)
+    scores = surface_scores(
+        predicted, reference, thresholds(resolution), config.points, visible_only=visible_only
+    )
+    return voxel_scores(prefix, scores, resolution)
+
+
+def watertight_surface(sdf: SparseSDF) -> Surface:
+    """Return the surface of a stored field, the mesh that the VAE is to reproduce."""
+    vertices, faces = marching_cubes(
+        torch.from_numpy(sdf.blocks), torch.from_numpy(sdf.values), sdf.resolution
+    )
+    return vertices.numpy(), faces.numpy()
+
+
+@torch.no_grad()
+def reconstruct(module: VAEModule, sdf: SparseSDF, device: torch.device) -> Surface:
+    """Encode a field, decode the posterior's mean, and return the surface of what comes out."""
+    coords = functional.pad(torch.from_numpy(sdf.blocks), (1, 0)).to(device)
+    grid = sdf.resolution // BLOCK
+    with autocast(device):
+        mean, _ = module.vae.encode(band_tensor(coords, torch.from_numpy(sdf.values).to(device)))
+        chunked = grid >= CHUNKED_GRID
+        values = module.vae.decode_chunked(mean, grid) if chunked else module.vae.decode(mean)
+    vertices, faces = marching_cubes(coords[:, 1:], values.float(), sdf.resolution)
+    return vertices.cpu().numpy(), faces.cpu().numpy()
+
+
+def evaluate_reconstruction(
+    module: VAEModule,
+    samples: Sequence[SampleRef],
+    root: str,
+    config: EvaluationConfig,
+    device: torch.device,
+    progress: Progress = lambda done, total, detail: None,
+) -> list[Scored]:
+    """Score the reconstruction of each sample, at most config.assets of them, in their order."""
+    filesystem, base = open_filesystem(root)
+    module = module.to(device).eval()
+    chosen = samples[: config.assets]
+    results = []
+    for done, sample in enumerate(chosen):
+        progress(done, len(chosen), sample.asset_id[:8])
+        sdf = read_sdf(filesystem, f"{base}/{sample.path}", sample.row_group)
+        original = read_geometry(filesystem, f"{base}/{sample.views_path}", sample.views_row_group)
+        watertight, result = watertight_surface(sdf), reconstruct(module, sdf, device)
+        r = sample.resolution
+        scores = {
+            **score_pair("reconstruction", result, watertight, r, config),
+            **score_pair("reconstruction_original", result, original, r, config, True),
+            **score_pair("conversion", watertight, original, r, config, True),
+        }
+        shown = {"original": original, "watertight": watertight, "reconstruction": result}
+        results.append(_scored(sample, scores, shown, config))
+    progress(len(chosen), len(chosen), "")
+    return results
+
+
+def evaluate_generation(
+    models: Models,
+    samples: Sequence[SampleRef],
+    root: str,
+    config: EvaluationConfig,
+    view: int,
+    seed: int = 0,
+    progress: Progress = lambda done, total, detail: None,
+) -> list[Scored]:
+    """Score the mesh generated from one view of each sample against its watertight surface.
+
+    samples: of the finest resolution that the models generate. view: index of the view; -1 is the
+    one that no training saw.
+    """
+    filesystem, base = open_filesystem(root)
+    chosen = samples[: config.assets]
+    results = []
+    for done, sample in enumerate(chosen):
+        progress(done, len(chosen), sample.asset_id[:8])
+        sdf = read_sdf(filesystem, f"{base}/{sample.path}", sample.row_group)
+        image = read_image(filesystem, f"{base}/{sample.views_path}", sample.views_row_group, view)
+        rgba = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+        (shape,) = generate(models, rgba[None], seed)
+        watertight, result = watertight_surface(sdf), (shape.vertices, shape.faces)
+        scores = score_pair("generation", result, watertight, sample.resolution, config)
+        scores["generation/latent_voxels"] = float(shape.latent_voxels[min(shape.latent_voxels)])
+        shown = {"watertight": watertight, "generated": result}
+        scored = _scored(sample, scores, shown, config)
+        scored.pictures["condition"] = image
+        results.append(scored)
+    progress(len(chosen), len(chosen), "")
+    return results
+
+
+def _scored(
+    sample: SampleRef,
+    scores: dict[str, float],
+    shown: dict[str, Surface],
+    config: EvaluationConfig,
+) -> Scored:
+    last = list(shown)[-1]
+    found = topology(*shown[last])
+    scores[f"{last}/watertight"] = float(found.watertight)
+    scores[f"{last}/components"] = float(found.components)
+    pictures = {
+        label: render_geometry(*surface, config.picture_size) for label, surface in shown.items()
+    }
+    return Scored(sample.asset_id, sample.resolution, scores, pictures, shown)
+
+
+def summarise(results: Sequence[Scored]) -> dict[str, float]:
+    """Return the mean of each score over the assets that have it, and their number."""
+    names = sorted({name for result in results for name in result.scores})
+    means = {
+        name: float(np.mean([r.scores[name] for r in results if name in r.scores]))
+        for name in names
+    }
+    return means | {"assets": float(len(results))}
+
+
+def distribution_scores(results: Sequence[Scored]) -> dict[str, float]:
+    """Return coverage, MMD and 1-NN accuracy of the generated meshes against the watertight ones.
+
+    Empty when fewer than two shapes were generated: as a set they can't be compared then.
+    """
+    generated, reference = (
+        [
+            sample_surface(*r.meshes[label], SET_POINTS, seed=0)[0]
+            for r in results
+            if len(r.meshes[label][1])
+        ]
+        for label in ("generated", "watertight")
+    )
+    return set_scores(generated, reference) if len(generated) > 1 else {}
+
+
+def score_reconstruction(
+    folder: Path,
+    preset: Preset,
+    samples: Sequence[SampleRef],
+    root: str,
+    trained: bool,
+    device: torch.device,
+    progress: Progress,
+) -> list[Scored]:
+    """Score the VAE in a checkpoint folder, or the same VAE before any training."""
+    module = load_module(folder) if trained else build_module(stages_of(preset)[0], preset)
+    assert isinstance(module, VAEModule)
+    return evaluate_reconstruction(module, samples, root, preset.evaluation, device, progress)
+
+
+def score_generation(
+    folders: Mapping[str, Path],
+    preset: Preset,
+    samples: Sequence[SampleRef],
+    root: str,
+    view: int,
+    seed: int,
+    trained: bool,
+    device: torch.device,
+    progress: Progress,
+) -> list[Scored]:
+    """Score the models in checkpoint folders, or the same models before any training."""
+    models = load_models(folders, preset, device) if trained else untrained_models(preset, device)
+    return evaluate_generation(models, samples, root, preset.evaluation, view, seed, progress)
