@@ -265,9 +265,10 @@ class SubmanifoldConv3d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_channels, 3, 3, 3, in_channels))
         self.bias = nn.Parameter(torch.empty(out_channels))
-        bound = 1 / math.sqrt(27 * in_channels)
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
+        # Keeps the variance through a SiLU (gain 1.68); PyTorch's default gain of 0.58 lets six
+        # convolutions without a norm, the VAE's decoder, fade to a constant.
+        nn.init.normal_(self.weight, std=1.68 / math.sqrt(27 * in_channels))
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Return a tensor on the same voxels; float32 on CUDA, else the weight's dtype.
