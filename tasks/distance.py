@@ -25,9 +25,9 @@ TIE = 1e-9
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a kernel, cached on disk where some place for the cache can be written."""
     try:
-        return numba.njit(cache=True, nogil=True)(function)
+        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:  # numba's "no locator available": a read-only installation without a home
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 @compiled

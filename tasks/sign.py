@@ -28,6 +28,7 @@ SAMPLES = 4  # a pocket
 SOLID_ANGLES = 100_000_000
 
 UNREACHED, WIDE, POCKET = 0, 1, 100  # 1 + n: n steps from a wide place; from 100: the pockets
+INSIDE, CONTESTED = -1, -2
 BEYOND = -(2**31)  # "row" of a neighbour beyond the grid; other negatives are far regions
 
 
@@ -160,18 +161,20 @@ def winding_numbers(
     """
     total, strongest = np.zeros(len(points)), np.zeros(len(points))
     sums = np.zeros(np.max(patches) + 1)
-    a, b, c = np.empty(3), np.empty(3), np.empty(3)
     for s in range(len(points)):
         sums[:] = 0.0
+        px, py, pz = points[s, 0], points[s, 1], points[s, 2]
         for f in range(len(corners)):
-            for k in range(3):
-                a[k] = corners[f, 0, k] - points[s, k]
-                b[k] = corners[f, 1, k] - points[s, k]
-                c[k] = corners[f, 2, k] - points[s, k]
-            la, lb, lc = np.sqrt(np.sum(a * a)), np.sqrt(np.sum(b * b)), np.sqrt(np.sum(c * c))
-            volume = a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0])
-            volume += a[2] * (b[0] * c[1] - b[1] * c[0])
-            base = la * lb * lc + np.sum(a * b) * lc + np.sum(b * c) * la + np.sum(c * a) * lb
+            c = corners[f]
+            ax, ay, az = c[0, 0] - px, c[0, 1] - py, c[0, 2] - pz
+            bx, by, bz = c[1, 0] - px, c[1, 1] - py, c[1, 2] - pz
+            cx, cy, cz = c[2, 0] - px, c[2, 1] - py, c[2, 2] - pz
+            la = (ax * ax + ay * ay + az * az) ** 0.5
+            lb = (bx * bx + by * by + bz * bz) ** 0.5
+            lc = (cx * cx + cy * cy + cz * cz) ** 0.5
+            volume = ax * (by * cz - bz * cy) - ay * (bx * cz - bz * cx) + az * (bx * cy - by * cx)
+            base = la * lb * lc + (ax * bx + ay * by + az * bz) * lc
+            base += (bx * cx + by * cy + bz * cz) * la + (cx * ax + cy * ay + cz * az) * lb
             share = np.arctan2(volume, base) / (2 * np.pi)
             total[s] += share
             sums[patches[f]] += turns[f] * share
@@ -231,20 +234,36 @@ def outside_voxels(
     asked = asked[: max(4, SOLID_ANGLES // (SAMPLES * len(faces)))]
     confidence = None
     if len(asked):
-        ids = samples[asked].reshape(-1)
-        inner = np.stack(np.unravel_index(ids & 511, (BLOCK,) * 3), 1)
-        points = (blocks[ids >> 9] * BLOCK + inner).astype(np.float64)
-        total, strongest = winding_numbers(corners, *_oriented_patches(faces), points)
-        evidence = np.clip(np.maximum(np.abs(total), strongest), 0, 1).reshape(-1, SAMPLES)
-        score = np.median(evidence, 1)
+        surface = (corners, *_oriented_patches(faces))
+        evidence = _evidence(*surface, _positions(samples[asked].reshape(-1), blocks))
+        score = np.median(evidence.reshape(-1, SAMPLES), 1)
         confidence = float(np.average(np.abs(2 * score - 1), weights=sizes[asked]))
-        for pocket in asked[score >= 0.5]:
-            label = POCKET + pocket
-            members = np.flatnonzero(state == label).astype(np.int32)
-            state[members] = -1
-            # Outside and pocket share what lies between them by who is nearer.
-            _spread(*tables, members, WIDE + 2, WIDE + STEPS, -1, 0.0, STEPS, 1, 0)
+        inside = np.flatnonzero(np.isin(state, POCKET + asked[score >= 0.5])).astype(np.int32)
+        state[inside] = INSIDE
+        steps_out = state.copy()
+        between = (WIDE + 1, WIDE + STEPS)
+        contested = _spread(*tables, inside, *between, CONTESTED, 0.0, STEPS, 0, 0)
+        if len(contested) * len(faces) <= SOLID_ANGLES:
+            taken = _evidence(*surface, _positions(contested, blocks)) >= 0.5
+            state[contested] = np.where(taken, INSIDE, WIDE)
+        else:  # outside and pocket share what lies between them by who is nearer
+            state[:] = steps_out
+            _spread(*tables, inside, WIDE + 2, WIDE + STEPS, INSIDE, 0.0, STEPS, 1, 0)
     return (state > UNREACHED).reshape(distance.shape), confidence
+
+
+def _evidence(
+    corners: np.ndarray, patches: np.ndarray, turns: np.ndarray, points: np.ndarray
+) -> np.ndarray:
+    """Return how much speaks for points [S, 3] to be inside, in [0, 1]: one half decides."""
+    total, strongest = winding_numbers(corners, patches, turns, points)
+    return np.minimum(np.maximum(np.abs(total), strongest), 1)
+
+
+def _positions(ids: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """Return the positions [N, 3] of voxel ids [N], in voxels."""
+    inner = np.stack(np.unravel_index(ids & 511, (BLOCK,) * 3), 1)
+    return (blocks[ids >> 9] * BLOCK + inner).astype(np.float64)
 
 
 def _oriented_patches(faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
