@@ -4,7 +4,8 @@ import numpy as np
 from lxml import etree
 
 from tasks.mesh import Material, MeshRejectedError
-from tasks.mesh_parts import GREY, WHITE, Reading, triangulate
+from tasks.mesh_parts import GREY, WHITE, Reading
+from tasks.mesh_polygons import triangulate
 from tasks.mesh_xml import MAX_DEPTH, local, numbers, parse_xml, target
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from tasks.mesh import Mesh, MeshRejectedError
 from tasks.mesh_3mf import read_3mf
 from tasks.mesh_dae import dae_references, read_dae
-from tasks.mesh_gltf import gltf_references, read_gltf
+from tasks.mesh_gltf import read_gltf
+from tasks.mesh_gltf_document import gltf_references
 from tasks.mesh_inspection import inspect_geometry, repeated_faces, weld
 from tasks.mesh_obj import mtl_textures, obj_references, read_obj
 from tasks.mesh_parts import Reading, ReadLimits, find_reference, inside_root, read_bytes

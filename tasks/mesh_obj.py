@@ -9,8 +9,9 @@ from itertools import chain
 import numpy as np
 
 from tasks.mesh import Material, MeshRejectedError
-from tasks.mesh_parts import GREY, WHITE, Reading, triangulate
+from tasks.mesh_parts import GREY, WHITE, Reading
 from tasks.mesh_plain import number
+from tasks.mesh_polygons import triangulate
 
 # Options of a texture line and how many words follow each at most (-o, -s, -t take one to three).
 MAP_OPTIONS = {

@@ -1,4 +1,4 @@
-"""What the readers of all mesh formats share: limits, references, textures, polygons, parts.
+"""What the readers of all mesh formats share: limits, references, textures, parts.
 
 A reader fills a `Reading`; `Reading.mesh()` joins its parts. Everything in a file is taken for
 hostile: counts are compared with bytes before memory is asked for, and a reference is opened only
@@ -14,7 +14,6 @@ from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote
 
-import mapbox_earcut
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
@@ -33,7 +32,8 @@ class ReadLimits:
     file_bytes: of the file, and of each file that it references.
     uncompressed_bytes: of the entries of a zip that are read, together; compression_ratio: of one.
     faces, vertices: of the whole asset with its instances; instances: nodes that place a mesh.
-    texture_pixels: of one picture, judged by its header; texture_side: larger ones are scaled down.
+    texture_pixels: of one picture, judged by its header; texture_side: larger ones are scaled down;
+    texture_bytes: of all pictures, scaled down.
     """
 
     file_bytes: int = 2 << 30
@@ -42,8 +42,9 @@ class ReadLimits:
     faces: int = 20_000_000
     vertices: int = 40_000_000
     instances: int = 100_000
-    texture_pixels: int = 16384 * 8192
+    texture_pixels: int = 8192 * 8192
     texture_side: int = 2048
+    texture_bytes: int = 1 << 30
 
 
 def reject_short(what: str, need: int, have: int) -> MeshRejectedError:
@@ -121,56 +122,6 @@ def decode_texture(data: bytes, limits: ReadLimits) -> np.ndarray:
     return np.asarray(picture)
 
 
-def flat_shading_normal(corners: np.ndarray) -> np.ndarray:
-    """Return Newell normals [P, 3] (twice the area) of polygons [P, n, 3], concave or not."""
-    return np.cross(corners, np.roll(corners, -1, axis=1)).sum(1)
-
-
-def triangulate(corners: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cut polygons into triangles of the same winding, concave ones by ear clipping.
-
-    corners: [C, 3] positions of all polygons' corners in a row; counts: [P] corners of each.
-    Returns triangles [T, 3] as rows of corners, in polygon order, and the polygon [T] of each.
-    """
-    counts = np.asarray(counts, np.int64)
-    starts = np.cumsum(counts) - counts
-    pieces, owners = [], []
-    for n in np.unique(counts[counts >= 3]):
-        polygons = np.flatnonzero(counts == n)
-        index = starts[polygons, None] + np.arange(n)
-        fan = np.stack([np.zeros(n - 2, np.int64), np.arange(1, n - 1), np.arange(2, n)], 1)
-        local = np.repeat(fan[None], len(polygons), 0)
-        if n > 3:
-            points = corners[index] - corners[index[:, :1]]
-            scale = np.abs(points).max((1, 2), keepdims=True)
-            points = points / np.where(scale > 0, scale, 1)
-            normal = flat_shading_normal(points)
-            ahead = np.roll(points, -1, axis=1) - points
-            turn = np.einsum("pni,pi->pn", np.cross(ahead, np.roll(ahead, -1, axis=1)), normal)
-            for p in np.flatnonzero((turn < -1e-9).any(1)):
-                local[p] = clip_ears(points[p], normal[p], local[p])
-        pieces.append(np.take_along_axis(index, local.reshape(len(polygons), -1), 1).reshape(-1, 3))
-        owners.append(np.repeat(polygons, n - 2))
-    if not pieces:
-        return np.zeros((0, 3), np.int64), np.zeros(0, np.int64)
-    owner = np.concatenate(owners)
-    order = np.argsort(owner, kind="stable")
-    return np.concatenate(pieces)[order], owner[order]
-
-
-def clip_ears(points: np.ndarray, normal: np.ndarray, fan: np.ndarray) -> np.ndarray:
-    """Return n - 2 triangles of a concave polygon [n, 3]; the fan where ear clipping fails."""
-    drop = int(np.abs(normal).argmax())
-    flat = np.ascontiguousarray(points[:, [(drop + 1) % 3, (drop + 2) % 3]])
-    triangles = mapbox_earcut.triangulate_float64(flat, np.array([len(flat)], np.uint32))
-    triangles = triangles.reshape(-1, 3).astype(np.int64)
-    if len(triangles) != len(fan):
-        return fan
-    a, b, c = flat[triangles].transpose(1, 2, 0)
-    area = np.sum((b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]))
-    return triangles if area * normal[drop] > 0 else triangles[:, ::-1]
-
-
 @dataclass
 class Reading:
     """One asset being read: where it may look, what it may use up, what was found so far."""
@@ -184,6 +135,7 @@ class Reading:
     vertices: int = 0
     faces: int = 0
     points: int = 0
+    texture_bytes: int = 0
     textures: dict[object, np.ndarray | None] = field(default_factory=dict)
 
     def warn(self, code: str, detail: str) -> None:
@@ -204,7 +156,12 @@ class Reading:
             try:
                 if data is None:
                     data = self.reference(str(key), "missing_texture")
-                self.textures[key] = decode_texture(data, self.limits)
+                picture = decode_texture(data, self.limits)
+                self.texture_bytes += picture.nbytes
+                if self.texture_bytes > self.limits.texture_bytes:
+                    detail = f"textures of over {self.limits.texture_bytes} bytes"
+                    raise MeshRejectedError("resource_limit", detail)
+                self.textures[key] = picture
             except MeshRejectedError as error:
                 self.warn(error.reason, error.detail)
         return self.textures[key]

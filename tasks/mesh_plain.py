@@ -8,7 +8,8 @@ from itertools import chain
 import numpy as np
 
 from tasks.mesh import Material, MeshRejectedError
-from tasks.mesh_parts import GREY, WHITE, Reading, reject_short, triangulate
+from tasks.mesh_parts import GREY, WHITE, Reading, reject_short
+from tasks.mesh_polygons import triangulate
 
 PLY_TYPES = {
     **dict.fromkeys(("char", "int8"), "i1"),

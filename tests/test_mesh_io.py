@@ -20,7 +20,8 @@ from PIL import Image
 from tasks.mesh import Mesh, MeshRejectedError, normalise
 from tasks.mesh_inspection import inspect_geometry, repeated_faces, weld
 from tasks.mesh_io import EXTENSIONS, ReadLimits, read_mesh, referenced_files
-from tasks.mesh_parts import inside_root, triangulate
+from tasks.mesh_parts import inside_root
+from tasks.mesh_polygons import triangulate
 
 SHARED = os.environ.get("GIGASHAPE_SHARED")
 needs_shared = pytest.mark.skipif(SHARED is None, reason="GIGASHAPE_SHARED is not set")
