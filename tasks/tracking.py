@@ -143,7 +143,8 @@ class Run:
 
     def url(self, ui: str) -> str:
         """Return the run's page under the address of an MLflow UI, http://host:port."""
-        return f"{ui.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        page = f"{ui.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"{page}?workflowType=machine_learning"  # or else the menus are those of chat agents
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Set tags, old values replaced."""
