@@ -329,7 +329,7 @@ def latent_encoder(
 
     def encode(sample: SampleRef) -> tuple[np.ndarray, np.ndarray]:
         sdf = read_sdf(filesystem, f"{base}/{sample.path}", sample.row_group)
-        coords = functional.pad(torch.from_numpy(sdf.blocks), (1, 0)).to(device)
+        coords = functional.pad(torch.from_numpy(sdf.blocks.copy()), (1, 0)).to(device)
         with torch.no_grad(), autocast(device):
             if isinstance(module, VAEModule):
                 values = torch.from_numpy(sdf.values).to(device)

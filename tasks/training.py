@@ -111,6 +111,19 @@ class Report(Protocol):
         """Learn of a finished checkpoint folder; it may vanish after `keep_checkpoints` more."""
 
 
+class NoReport:
+    """Tells nobody."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Drop them."""
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Drop it."""
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        """Drop it."""
+
+
 class TrainingDivergedError(RuntimeError):
     """A step whose loss or gradient is not finite; no weights were changed by it."""
 

@@ -1,0 +1,150 @@
+"""Runs a stage's training under Ray Train: one worker on a laptop, many on a cluster.
+
+The loop and its checkpoints are `tasks/training.py`'s own: Ray places the workers, connects them,
+and starts them again when one dies, whereupon they find the newest checkpoint by themselves. Ray's
+own checkpoints are not used: it would resume silently, and from a copy, whatever has its run name.
+`train_on_ray` must be called from the main thread, since Ray Train handles signals there.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+
+from tasks.latents import LatentSet
+from tasks.presets import Preset, config_digest
+from tasks.samples import SampleRef
+from tasks.stages import build_loader, build_stage
+from tasks.training import (
+    NoReport,
+    Report,
+    TrainingDivergedError,
+    TrainingResult,
+    train,
+)
+
+logger = logging.getLogger(__name__)
+
+MakeReport = Callable[[], Report]
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One stage on one dataset version; all that a worker needs, and picklable.
+
+    root: the data folder. samples: of the dataset version, or of `latents` for a diffusion
+    transformer. start: checkpoint folder that the stage begins with, where its preset names one.
+    dataset_digest: of the dataset version, or of the latent set.
+    """
+
+    stage: str
+    preset: Preset
+    root: str
+    samples: tuple[SampleRef, ...]
+    dataset_digest: str
+    latents: LatentSet | None = None
+    start: Path | None = None
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def run_name(self) -> str:
+        """Stage, data and configuration: another one of these is another run."""
+        preset = self.preset
+        model = preset.vae if self.stage.startswith("vae") else preset.structure
+        configs: list[object] = [model, preset.training[self.stage], preset.data.held_out]
+        if self.latents is not None:
+            configs = [preset.structure, preset.dit, preset.encoder, *configs[1:]]
+        digest = config_digest(*configs, str(self.start))
+        return f"{self.stage}-{self.dataset_digest[:12]}-{digest}"
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """The run's folder, on storage that all workers see."""
+        return Path(self.root) / "training" / self.run_name
+
+
+def train_on_ray(
+    job: TrainingJob,
+    make_report: MakeReport,
+    num_workers: int = 1,
+    use_gpu: bool = False,
+    cpus_per_worker: int | None = None,
+    max_failures: int = 3,
+    fresh: bool = False,
+) -> TrainingResult:
+    """Train a stage on Ray workers and return how far it came; Ray must be initialised.
+
+    A run that was stopped continues, one that is finished returns at once; fresh: train from the
+    start instead, deleting the checkpoints. make_report: called on the worker of rank 0.
+    cpus_per_worker: an even share of the cluster by default. max_failures: workers' deaths before
+    giving up. Raises TrainingDivergedError or ValueError as `train` does, without a restart.
+    """
+    if fresh:
+        shutil.rmtree(job.checkpoint_dir, ignore_errors=True)
+    # The annotations that mypy sees here are those of Ray Train v1; v2 is what runs.
+    trainer = TorchTrainer(
+        _train_worker,  # type: ignore[arg-type]
+        train_loop_config={"job": job, "make_report": make_report},
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={
+                "CPU": cpus_per_worker or share_of_cpus(num_workers),
+                **({"GPU": 1} if use_gpu else {}),
+            },
+        ),
+        run_config=RunConfig(  # type: ignore[call-arg]
+            name=job.run_name,
+            storage_path=str(job.checkpoint_dir.parent.absolute()),
+            failure_config=FailureConfig(max_failures=max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+    if isinstance(outcome, Exception):
+        raise outcome
+    assert isinstance(outcome, TrainingResult)
+    return outcome
+
+
+def _train_worker(config: dict[str, Any]) -> TrainingResult | Exception:
+    """Train on one worker. What would fail again is returned: an exception would be retried."""
+    job: TrainingJob = config["job"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    # Ray gives OMP_NUM_THREADS of the worker's CPUs, but torch may have been imported before.
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    torch.set_num_threads(max(1, int(cpus)))
+    try:
+        stage = build_stage(job.stage, job.preset, job.latents, job.start, job.provenance)
+        loader = build_loader(job.stage, job.preset, job.samples, job.root, rank, world_size)
+    except ValueError as error:
+        return error
+    report = config["make_report"]() if rank == 0 else NoReport()
+    try:
+        return train(
+            stage,
+            job.preset.training[job.stage],
+            loader,
+            job.checkpoint_dir,
+            report,
+            get_device(),
+            rank,
+            world_size,
+        )
+    except TrainingDivergedError as error:  # on all ranks alike
+        return error
+
+
+def share_of_cpus(num_workers: int) -> int:
+    """Return CPUs a worker: an even share of all, at most what the largest node has."""
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    return max(1, int(min(sum(nodes) / num_workers, max(nodes, default=0))))
