@@ -173,7 +173,7 @@ def plain_convolution(x: SparseTensor, weight: Tensor) -> Tensor:
 
 
 class _GradientScale:
-    """Power that one convolution's gradients are multiplied by on their way through float16."""
+    """Factor that one convolution's gradients carry on their way through float16."""
 
     value: Tensor
 
@@ -211,7 +211,7 @@ class _FromHalf(torch.autograd.Function):
         target = min(1.0, 2.0**14 / len(grad))
         peak = grad.abs().amax()
         ctx.scale.value = torch.where(peak > 0, target / peak, 1.0)
-        return (grad * ctx.scale.value).half(), None
+        return (grad * ctx.scale.value).half().contiguous(), None
 
 
 @functools.cache

@@ -123,7 +123,8 @@ class SparseSDFVAE(nn.Module):
         self.encoder = WindowTransformer(config)
         self.encoder_norm = nn.LayerNorm(config.channels)
         self.to_latent = nn.Linear(config.channels, 2 * config.latent_channels)
-        # Start almost without noise: from a variance of 1 the decoder learns half as fast.
+        # Start almost without noise: from a variance of 1 the decoder first learns to ignore z
+        # (the tiny preset's loss after 200 steps is .058 instead of .071).
         nn.init.constant_(self.to_latent.bias[config.latent_channels :], -4.0)
 
         self.from_latent = nn.Linear(config.latent_channels, config.channels)

@@ -195,6 +195,34 @@ def test_rms_norm_a_head():
     torch.testing.assert_close(norm(x).square().mean(-1), torch.ones(5, 3))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_in_mixed_precision_agrees_with_the_cpu():
+    torch.manual_seed(0)
+    blocks, values = join([slab(64), slab(64, 0.6)])
+    sharp = torch.rand(values.shape) < 0.1
+    vae = SparseSDFVAE(VAEConfig(channels=128, blocks=2, heads=4, head_dim=32))
+
+    def run(device: str) -> tuple[Tensor, Tensor]:
+        vae.to(device).zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            mean, logvar = vae.encode(band_tensor(blocks.to(device), values.to(device)))
+            decoded = vae.decode(mean)
+        loss, _ = vae_loss(
+            decoded, values.to(device), sharp.to(device), mean.feats, logvar.feats, vae.config
+        )
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in vae.parameters() if p.grad is not None])
+        assert decoded.dtype == torch.float32
+        return decoded.detach().cpu(), gradient.cpu()
+
+    values_wanted, gradient_wanted = run("cpu")
+    values_got, gradient_got = run("cuda")
+    # bfloat16 rounds to 4e-3, through some twenty layers.
+    assert (values_got - values_wanted).norm() < 0.05 * values_wanted.norm()
+    assert (gradient_got - gradient_wanted).norm() < 0.1 * gradient_wanted.norm()
+
+
 def test_a_mini_vae_overfits_one_shape():
     torch.manual_seed(0)
     blocks, values = join([slab(32, 0.5)])
