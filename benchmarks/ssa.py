@@ -1,4 +1,4 @@
-"""SSA against full attention on one GPU: python benchmarks/ssa.py [table | profile | growth | tune].
+"""SSA against full attention on a GPU: python benchmarks/ssa.py [table|profile|growth|tune].
 
 Tokens are two nested bumpy shells in a 128^3 latent grid (larger past 131,072 tokens, so that the
 occupancy of the blocks stays the same); inputs are random normal, drawn anew for every row.
@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -134,10 +133,10 @@ def kernel_times(row: tuple) -> dict[str, float]:
     for _ in range(2):
         step()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         step()
         torch.cuda.synchronize()
-    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     times: dict[str, float] = defaultdict(float)
     seen: dict[str, int] = defaultdict(int)
     for event in sorted(events, key=lambda e: e.time_range.start):
@@ -157,9 +156,7 @@ def kernel_times(row: tuple) -> dict[str, float]:
 def profile() -> None:
     """Print where the time of the first three rows goes."""
     for row in ROWS[:3]:
-        times = kernel_times(row)
-        print(row, "total", round(sum(times.values()), 2))
-        print("  " + ", ".join(f"{name} {ms:.2f}" for name, ms in times.items()), flush=True)
+        print_times(row, row)
 
 
 def growth() -> None:
@@ -179,49 +176,73 @@ def growth() -> None:
 
 
 VARIANTS = [  # rows, keys, warps, stages
-    (128, 64, 4, 2), (128, 64, 4, 3), (128, 128, 4, 2), (128, 64, 8, 2), (64, 64, 4, 2),
-    (64, 128, 4, 2), (128, 128, 8, 2), (256, 64, 8, 2), (64, 64, 4, 3), (128, 32, 4, 3),
+    (128, 64, 4, 1), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 2), (128, 32, 4, 2),
+    (64, 128, 4, 1), (128, 128, 8, 1), (128, 64, 8, 1), (256, 64, 8, 2), (64, 32, 4, 2),
+]  # fmt: skip
+SETTINGS = [  # changed one at a time
+    ("PARTIAL_BYTES", 1 << 27), ("PARTIAL_BYTES", 1 << 26), ("ROUNDS", 1), ("ROUNDS", 2),
+    ("ROUNDS", 8), ("SELECT_TILE", 2048), ("SELECT_TILE", 8192),
+    ("PROGRAMS_A_MULTIPROCESSOR", 3), ("PROGRAMS_A_MULTIPROCESSOR", 10),
 ]  # fmt: skip
 
 
+def use(variant: tuple) -> None:
+    """Launch every kernel but the merging ones with this tile."""
+    rows, keys, warps, stages = variant
+    for name in ssa_triton.TILES:
+        if name != "combine":
+            ssa_triton.TILES[name] = ssa_triton.Tile(rows, keys, warps, stages)
+
+
+def print_times(title: object, row: tuple) -> None:
+    """Print the time of every kernel, or why it does not run."""
+    try:
+        times = kernel_times(row)
+    except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
+        print(title, "failed:", str(error)[:100], flush=True)
+        return
+    print(title, "total", round(sum(times.values()), 2))
+    print("  " + ", ".join(f"{name} {ms:.2f}" for name, ms in times.items()), flush=True)
+
+
 def tune(row_index: int, warm: int | None) -> None:
-    """Print the time of every kernel for every variant of its tile."""
+    """Print the time of every kernel for every variant of its tile, and for other settings."""
     row = ROWS[row_index]
-    defaults = dict(ssa_triton.TILES)
-
-    def use(variant: tuple) -> None:
-        for name, tile in defaults.items():
-            rows, keys, warps, stages = variant
-            if name != "combine":
-                ssa_triton.TILES[name] = replace(
-                    tile, rows=rows, keys=keys, warps=warps, stages=stages
-                )
-
-    if warm is not None:
-        use(VARIANTS[warm])
-        kernel_times((8192, *row[1:]))
+    small = (8192, *row[1:])
+    if warm is not None:  # only compile; a process each, side by side
+        if warm < len(VARIANTS):
+            use(VARIANTS[warm])
+        else:
+            setattr(ssa_triton, *SETTINGS[warm - len(VARIANTS)])
+        kernel_times(small)
         return
     children = [
-        subprocess.Popen([sys.executable, __file__, "tune", f"--row={row_index}", f"--warm={i}"])
-        for i in range(len(VARIANTS))
-    ]
+        subprocess.Popen(
+            [sys.executable, __file__, "tune", f"--row={row_index}", f"--warm={i}"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        for i in range(len(VARIANTS) + len(SETTINGS))
+    ]  # fmt: skip
     for child in children:
         child.wait()
+    print_times("as committed", row)
+    defaults = dict(ssa_triton.TILES)
     for variant in VARIANTS:
         use(variant)
-        try:
-            times = kernel_times(row)
-        except (triton.runtime.errors.OutOfResources, RuntimeError) as error:
-            print(variant, "failed:", str(error)[:100])
-            continue
-        print(variant, "total", round(sum(times.values()), 2))
-        print("  " + ", ".join(f"{name} {ms:.2f}" for name, ms in times.items()), flush=True)
+        print_times(variant, row)
+    ssa_triton.TILES.update(defaults)
+    for name, value in SETTINGS:
+        before = getattr(ssa_triton, name)
+        setattr(ssa_triton, name, value)
+        print_times((name, value), row)
+        setattr(ssa_triton, name, before)
 
 
 def main() -> None:
     """Run what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="?", default="table", choices=("table", "profile", "growth", "tune"))  # fmt: skip
+    choices = ["table", "profile", "growth", "tune"]
+    parser.add_argument("what", nargs="?", default="table", choices=choices)
     parser.add_argument("--row", type=int, default=0, help="row of the table to tune for")
     parser.add_argument("--warm", type=int, default=None, help="only compile this variant")
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
 """Triton kernels of SSA's backward pass; tiles, rows and lists are those of `ssa_forward.py`.
 
-Per branch, with gate g and output o: do_b = g do, delta = do_b . o, p = exp2(logits - lse),
-dv = p^T do_b, ds = p (do_b v^T - delta), dq = ds k, dk = ds^T q. No kernel uses atomics, so the
-same inputs give the same bits.
+Per branch, with gate g and output o: delta = do . o, p = exp2(logits - lse), dv = (g p)^T do,
+ds = g p (do v^T - delta), dq = ds k, dk = ds^T q. No kernel uses atomics, so the same inputs give
+the same bits.
 """
 
 # Triton functions have no annotations that mypy could read.
@@ -11,18 +11,17 @@ same inputs give the same bits.
 import triton
 import triton.language as tl
 
-from kernels.ssa_forward import dot, load_keys, row_of
+from kernels.ssa_forward import dot, load_keys, row_of, span_of
 
 
 @triton.jit
 def _prepare_branch(
-    do, out, gates, delta, grad_gates, branch, offsets, row, tokens, inside, token, h, n,
+    do, out, delta, grad_gates, branch, offsets, row, inside, token, h, n,
     T: tl.constexpr, GP: tl.constexpr,
 ):  # fmt: skip
     values = tl.load(out + offsets, mask=inside[:, None], other=0.0)
     product = tl.sum(do * values.to(tl.float32), 1)
-    gate = tl.load(gates + tokens * 3 + branch, mask=inside, other=0.0).to(tl.float32)
-    tl.store(delta + row, product * gate, mask=inside)
+    tl.store(delta + row, product, mask=inside)
     share = tl.sum(tl.reshape(product, [T, GP]), 1)
     tl.store(grad_gates + (h * n + token) * 3 + branch, share, mask=token < n)
 
@@ -30,8 +29,7 @@ def _prepare_branch(
 @triton.jit(do_not_specialize=["n"])
 def prepare_backward(
     grad, out_cmp, out_sel, out_win,  # [N, Hq, D]
-    gates,  # [N, 3]
-    delta_cmp, delta_sel, delta_win,  # [N, Hq] float32 to be written, with the gate in it
+    delta_cmp, delta_sel, delta_win,  # [N, Hq] float32 to be written
     grad_gates,  # [Hkv, N, 3] to be written: each KV head's share
     n,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
@@ -46,16 +44,13 @@ def prepare_backward(
     do = tl.load(grad + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
     token = (tl.program_id(0) * T + tl.arange(0, T)).to(tl.int64)
     _prepare_branch(
-        do, out_cmp, gates, delta_cmp, grad_gates, 0, offsets, row, tokens, inside, token, h, n,
-        T, GP,
+        do, out_cmp, delta_cmp, grad_gates, 0, offsets, row, inside, token, h, n, T, GP
     )  # fmt: skip
     _prepare_branch(
-        do, out_sel, gates, delta_sel, grad_gates, 1, offsets, row, tokens, inside, token, h, n,
-        T, GP,
+        do, out_sel, delta_sel, grad_gates, 1, offsets, row, inside, token, h, n, T, GP
     )  # fmt: skip
     _prepare_branch(
-        do, out_win, gates, delta_win, grad_gates, 2, offsets, row, tokens, inside, token, h, n,
-        T, GP,
+        do, out_win, delta_win, grad_gates, 2, offsets, row, inside, token, h, n, T, GP
     )  # fmt: skip
 
 
@@ -77,15 +72,11 @@ def _dq_step(
 
 @triton.jit
 def _dq_rows(
-    q, do, lse, delta,  # [M, D], [M, D] times the gate, [M], [M]
-    lo, hi, k, v, order, stride, scale,
+    q, do, lse, delta,  # [M, D], [M, D], [M], [M]
+    lo, hi, begin, split, end, k, v, order, stride, scale,
     M: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Return the gradient [M, D] float32 of q times its scale."""
-    begin = tl.min(lo, 0)
-    end = tl.max(hi, 0)
-    uniform = (tl.max(lo, 0) == begin) & (tl.min(hi, 0) == end)
-    split = tl.where(uniform, begin + (end - begin) // BN * BN, begin)
+    """Return the gradient [M, D] float32 of q, without scale and gate."""
     acc = tl.zeros([M, D], tl.float32)
     for start in range(begin, split, BN):
         acc = _dq_step(
@@ -101,11 +92,32 @@ def _dq_rows(
 
 
 @triton.jit
-def load_gated(grad, gates, row, tokens, branch: tl.constexpr, D: tl.constexpr):
-    """Return the output's gradient [M, D] times the branch's gate, in the gradient's dtype."""
-    do = tl.load(grad + row[:, None] * D + tl.arange(0, D)[None, :])
-    gate = tl.load(gates + tokens * 3 + branch).to(tl.float32)
-    return (do.to(tl.float32) * gate[:, None]).to(do.dtype)
+def _load_rows(
+    start, end, q, grad, gates, lse, delta, order, h,
+    BRANCH: tl.constexpr, PAIRS: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
+    GP: tl.constexpr, T: tl.constexpr, D: tl.constexpr, HAS_ORDER: tl.constexpr,
+):  # fmt: skip
+    """Return q, do [M, D], lse, delta, gate and place [M] of the rows at places from `start` on.
+
+    Rows past the end repeat the last but have a log-sum-exp of infinity: they weigh nothing.
+    """
+    rows = tl.arange(0, T * GP)
+    places = start + rows // GP
+    inside = (places < end) & (rows % GP < G)
+    places = tl.maximum(tl.minimum(places, end - 1), 0)
+    tokens = row_of(places, order, PAIRS, HAS_ORDER)
+    row = tokens * (HKV * G) + h * G + tl.minimum(rows % GP, G - 1)
+    offsets = row[:, None] * D + tl.arange(0, D)[None, :]
+    row_lse = tl.where(inside, tl.load(lse + row), float("inf"))
+    gate = tl.load(gates + tokens * 3 + BRANCH).to(tl.float32)
+    return (
+        tl.load(q + offsets),
+        tl.load(grad + offsets),
+        row_lse,
+        tl.load(delta + row),
+        gate,
+        places,
+    )
 
 
 @triton.jit(do_not_specialize=["first", "n"])
@@ -131,13 +143,14 @@ def dq_places(
     tokens = row_of(places, order, 0, HAS_ORDER)
     row = tokens * (HKV * G) + h * G + heads
     offsets = row[:, None] * D + tl.arange(0, D)[None, :]
+    lo = tl.load(ranges + 2 * places)
+    hi = tl.load(ranges + 2 * places + 1)
+    begin, split, end = span_of(lo, hi, BN)
     acc = _dq_rows(
-        tl.load(q + offsets), load_gated(grad, gates, row, tokens, BRANCH, D),
-        tl.load(lse + row), tl.load(delta + row),
-        tl.load(ranges + 2 * places), tl.load(ranges + 2 * places + 1),
-        k + h * D, v + h * D, order, HKV * D, scale, M, D, BN, HAS_ORDER,
+        tl.load(q + offsets), tl.load(grad + offsets), tl.load(lse + row), tl.load(delta + row),
+        lo, hi, begin, split, end, k + h * D, v + h * D, order, HKV * D, scale, M, D, BN, HAS_ORDER,
     )  # fmt: skip
-    acc = acc * q_scale
+    acc = acc * (q_scale * tl.load(gates + tokens * 3 + BRANCH).to(tl.float32))[:, None]
     if PARTIALS:
         acc += tl.load(dq + offsets).to(tl.float32)
         slot = (tokens * HKV + h) * PARTIALS
@@ -169,24 +182,31 @@ def dq_pairs(
         block = segment % num_blocks
         M: tl.constexpr = T * GP
         rows = tl.arange(0, M)
-        places = tl.minimum(begin + rows // GP, end - 1)
         heads = tl.minimum(rows % GP, G - 1)
-        stored = (begin + rows // GP < end) & (rows % GP < G)
-        tokens = row_of(places, order, PAIRS, True)
-        row = tokens * (HKV * G) + h * G + heads
-        lo = tl.zeros([M], tl.int32) + tl.load(starts + block)
-        hi = tl.zeros([M], tl.int32) + tl.load(starts + block + 1)
-        q_tile = tl.load(q + row[:, None] * D + tl.arange(0, D)[None, :])
-        acc = _dq_rows(
-            q_tile, load_gated(grad, gates, row, tokens, 1, D),
-            tl.load(lse + row), tl.load(delta + row), lo, hi,
-            k + h * D, v + h * D, order, HKV * D, scale, M, D, BN, False,
-        )  # fmt: skip
-        pair = (tl.load(order + places) - first_pair).to(tl.int64) * G + heads
-        offsets = pair[:, None] * D + tl.arange(0, D)[None, :]
-        tl.store(
-            partial + offsets, (acc * q_scale).to(partial.dtype.element_ty), mask=stored[:, None]
+        key_begin = tl.load(starts + block)
+        key_end = tl.load(starts + block + 1)
+        split = key_begin + (key_end - key_begin) // BN * BN
+        lo = tl.zeros([M], tl.int32) + key_begin
+        hi = tl.zeros([M], tl.int32) + key_end
+        q_tile, do, row_lse, row_delta, gate, places = _load_rows(
+            begin, end, q, grad, gates, lse, delta, order, h, 1, PAIRS, HKV, G, GP, T, D, True
         )
+        for start in range(begin, end, T):
+            next_q, next_do, next_lse, next_delta, next_gate, next_places = _load_rows(
+                start + T, end, q, grad, gates, lse, delta, order, h,
+                1, PAIRS, HKV, G, GP, T, D, True,
+            )  # fmt: skip
+            acc = _dq_rows(
+                q_tile, do, row_lse, row_delta, lo, hi, key_begin, split, key_end,
+                k + h * D, v + h * D, order, HKV * D, scale, M, D, BN, False,
+            )  # fmt: skip
+            acc = acc * (q_scale * gate)[:, None]
+            stored = (start + rows // GP < end) & (rows % GP < G)
+            pair = (tl.load(order + places) - first_pair).to(tl.int64) * G + heads
+            offsets = pair[:, None] * D + tl.arange(0, D)[None, :]
+            tl.store(partial + offsets, acc.to(partial.dtype.element_ty), mask=stored[:, None])
+            q_tile, do, row_lse, row_delta = next_q, next_do, next_lse, next_delta
+            gate, places = next_gate, next_places
 
 
 @triton.jit
@@ -199,28 +219,30 @@ def _dkv_rows(
     D: tl.constexpr, BN: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Return the gradients [BN, D] float32 of keys (without the scale) and values."""
-    rows = tl.arange(0, T * GP)
-    heads = tl.minimum(rows % GP, G - 1)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
+    q_tile, do, row_lse, row_delta, gate, places = _load_rows(
+        begin, end, q, grad, gates, lse, delta, order, h,
+        BRANCH, PAIRS, HKV, G, GP, T, D, HAS_ORDER,
+    )  # fmt: skip
     for start in range(begin, end, T):
-        places = start + rows // GP
-        inside = (places < end) & (rows % GP < G)
-        places = tl.minimum(places, end - 1)
-        tokens = row_of(places, order, PAIRS, HAS_ORDER)
-        row = tokens * (HKV * G) + h * G + heads
-        q_tile = tl.load(q + row[:, None] * D + tl.arange(0, D)[None, :])
-        do = load_gated(grad, gates, row, tokens, BRANCH, D)
-        row_lse = tl.where(inside, tl.load(lse + row), float("inf"))  # padding rows weigh nothing
+        # The next rows load while these are at work: their addresses hang on other loads.
+        next_q, next_do, next_lse, next_delta, next_gate, next_places = _load_rows(
+            start + T, end, q, grad, gates, lse, delta, order, h,
+            BRANCH, PAIRS, HKV, G, GP, T, D, HAS_ORDER,
+        )  # fmt: skip
         p = tl.exp2(dot(keys, tl.trans(q_tile)) * scale - row_lse[None, :])
         if MASK:
             lo = tl.load(ranges + 2 * places)
             hi = tl.load(ranges + 2 * places + 1)
             seen = (columns[:, None] >= lo[None, :]) & (columns[:, None] < hi[None, :])
             p = tl.where(seen, p, 0.0)
+        p = p * gate[None, :]
         dv += dot(p.to(do.dtype), do)
-        ds = p * (dot(values, tl.trans(do)) - tl.load(delta + row)[None, :])
+        ds = p * (dot(values, tl.trans(do)) - row_delta[None, :])
         dk += dot(ds.to(q_tile.dtype), q_tile)
+        q_tile, do, row_lse, row_delta = next_q, next_do, next_lse, next_delta
+        gate, places = next_gate, next_places
     return dk, dv
 
 
@@ -290,10 +312,10 @@ def dkv_pairs(
         columns = first + tl.arange(0, BN)
         keys = load_keys(k + h * D, columns, last, order, HKV * D, D, False)
         values = load_keys(v + h * D, columns, last, order, HKV * D, D, False)
-        segment = (h * num_blocks + block) * stride
+        list_begin = tl.load(segments + (h * num_blocks + block) * stride)
+        list_end = tl.load(segments + (h * num_blocks + block + 1) * stride)
         grad_k, grad_v = _dkv_rows(
-            keys, values, columns, tl.load(segments + segment), tl.load(segments + segment + stride),
-            q, grad, gates, lse, delta, order, starts, h, scale,
+            keys, values, columns, list_begin, list_end, q, grad, gates, lse, delta, order, starts, h, scale,
             1, PAIRS, False, HKV, G, GP, T, D, BN, True,
         )  # fmt: skip
         offsets = (columns.to(tl.int64) * HKV + h)[:, None] * D + tl.arange(0, D)[None, :]

@@ -70,18 +70,26 @@ def _softmax_step(
 
 
 @triton.jit
+def span_of(lo, hi, BN: tl.constexpr):
+    """Return (begin, split, end) of the columns [lo, hi) of all rows; before `split` no row's
+    range ends inside a tile of BN columns, so that no mask is needed.
+    """
+    begin = tl.min(lo, 0)
+    end = tl.max(hi, 0)
+    uniform = (tl.max(lo, 0) == begin) & (tl.min(hi, 0) == end)
+    return begin, tl.where(uniform, begin + (end - begin) // BN * BN, begin), end
+
+
+@triton.jit
 def _softmax_rows(
     q,  # [M, D]
     lo, hi,  # [M] columns each row attends to, [lo, hi), at least one
+    begin, split, end,  # span_of(lo, hi)
     k, v,  # rows of keys and values of one KV head, `stride` elements apart
     order, stride, scale,
     M: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Return softmax(q k^T) v [M, D] in float32 and the log-sum-exp [M]."""
-    begin = tl.min(lo, 0)
-    end = tl.max(hi, 0)
-    uniform = (tl.max(lo, 0) == begin) & (tl.min(hi, 0) == end)
-    split = tl.where(uniform, begin + (end - begin) // BN * BN, begin)
     m = tl.full([M], MASKED, tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
@@ -119,9 +127,10 @@ def attend_places(
     offsets = row[:, None] * D + tl.arange(0, D)[None, :]
     lo = tl.load(ranges + 2 * places)
     hi = tl.load(ranges + 2 * places + 1)
+    begin, split, end = span_of(lo, hi, BN)
     acc, row_lse = _softmax_rows(
-        tl.load(q + offsets), lo, hi, k + h * D, v + h * D, order, HKV * D, scale,
-        M, D, BN, HAS_ORDER,
+        tl.load(q + offsets), lo, hi, begin, split, end, k + h * D, v + h * D, order, HKV * D,
+        scale, M, D, BN, HAS_ORDER,
     )  # fmt: skip
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=stored[:, None])
     tl.store(lse + row, row_lse, mask=stored)
@@ -147,85 +156,138 @@ def attend_pairs(
         block = segment % num_blocks
         M: tl.constexpr = T * GP
         rows = tl.arange(0, M)
-        places = tl.minimum(begin + rows // GP, end - 1)
         heads = tl.minimum(rows % GP, G - 1)
-        stored = (begin + rows // GP < end) & (rows % GP < G)
-        row = row_of(places, order, PAIRS, True) * (HKV * G) + h * G + heads
-        q_tile = tl.load(q + row[:, None] * D + tl.arange(0, D)[None, :])
-        lo = tl.zeros([M], tl.int32) + tl.load(starts + block)
-        hi = tl.zeros([M], tl.int32) + tl.load(starts + block + 1)
-        acc, row_lse = _softmax_rows(
-            q_tile, lo, hi, k + h * D, v + h * D, order, HKV * D, scale, M, D, BN, False
-        )
-        pair = (tl.load(order + places) - first_pair).to(tl.int64) * G + heads
-        offsets = pair[:, None] * D + tl.arange(0, D)[None, :]
-        tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=stored[:, None])
-        tl.store(lse + pair, row_lse, mask=stored)
+        dims = tl.arange(0, D)[None, :]
+        key_begin = tl.load(starts + block)
+        key_end = tl.load(starts + block + 1)
+        split = key_begin + (key_end - key_begin) // BN * BN
+        lo = tl.zeros([M], tl.int32) + key_begin
+        hi = tl.zeros([M], tl.int32) + key_end
+        pairs = tl.load(order + tl.minimum(begin + rows // GP, end - 1))
+        row = (pairs // PAIRS).to(tl.int64) * (HKV * G) + h * G + heads
+        q_tile = tl.load(q + row[:, None] * D + dims)
+        for start in range(begin, end, T):
+            # The next rows load while these are at work.
+            next_pairs = tl.load(order + tl.minimum(start + T + rows // GP, end - 1))
+            row = (next_pairs // PAIRS).to(tl.int64) * (HKV * G) + h * G + heads
+            next_q = tl.load(q + row[:, None] * D + dims)
+            acc, row_lse = _softmax_rows(
+                q_tile, lo, hi, key_begin, split, key_end, k + h * D, v + h * D, order, HKV * D,
+                scale, M, D, BN, False,
+            )  # fmt: skip
+            stored = (start + rows // GP < end) & (rows % GP < G)
+            pair = (pairs - first_pair).to(tl.int64) * G + heads
+            offsets = pair[:, None] * D + dims
+            tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=stored[:, None])
+            tl.store(lse + pair, row_lse, mask=stored)
+            pairs = next_pairs
+            q_tile = next_q
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
+def _score_blocks(
+    q, k_cmp, lse,  # q [M, D], keys of one KV head, lse [M]
+    scores,  # to be written: [T, width], this program's own
+    inner, lo, hi, width, stride, scale,
+    GP: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Write the scores of selection blocks [lo, hi) for T tokens."""
+    lines = tl.arange(0, BS * SLOTS)
+    token = tl.arange(0, T)
+    for start in range(lo, hi, BS):
+        if SLOTS > 1:
+            blocks = tl.minimum(start + lines // SLOTS, hi - 1)
+            columns = tl.load(inner + blocks) + lines % SLOTS
+            inside = columns < tl.load(inner + blocks + 1)
+        else:  # as many compression blocks as selection blocks
+            columns = start + lines
+            inside = columns < hi
+        offsets = columns.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
+        keys = tl.load(k_cmp + offsets, mask=inside[:, None], other=0.0)
+        p = tl.exp2(dot(keys, tl.trans(q)) * scale - lse[None, :])
+        total = tl.sum(tl.reshape(p, [BS * SLOTS, T, GP]), 2)
+        if SLOTS > 1:
+            total = tl.where(inside[:, None], total, 0.0)
+            total = tl.sum(tl.reshape(total, [BS, SLOTS, T]), 1)
+        block = start + tl.arange(0, BS)
+        places = token[None, :] * width + (block - lo)[:, None]
+        tl.store(scores + places, total, mask=(block < hi)[:, None])
+
+
+@triton.jit
+def _top_blocks(
+    scores, begin, end,  # scores [T, width] of blocks from `first` on; blocks [begin, end) a token
+    first, last, width,
+    T: tl.constexpr, W: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Return the blocks of the TOP_K best scores, [T, KP] int32, -1 where there are fewer.
+
+    Tiles of W blocks stream by; the best of a tile enters the list while it beats the list's
+    worst. Blocks come in order, so of equal scores the first stay.
+    """
+    token = tl.arange(0, T)[:, None]
+    slots = tl.arange(0, KP)[None, :]
+    values = tl.zeros([T, KP], tl.float32) + tl.where(slots < TOP_K, -1.0, float("inf"))
+    blocks = tl.zeros([T, KP], tl.int32) - 1 - slots  # unlike each other
+    for start in range(first, last, W):
+        block = start + tl.arange(0, W)[None, :]
+        inside = (block >= begin[:, None]) & (block < end[:, None])
+        tile = tl.load(scores + token * width + (block - first), mask=inside, other=-1.0)
+        top, place = tl.max(tile, 1, return_indices=True)
+        worst = tl.min(values, 1)
+        while tl.max((top > worst).to(tl.int32), 0) > 0:
+            is_worst = values == worst[:, None]
+            oldest = tl.max(tl.where(is_worst, blocks, -(1 << 30)), 1)
+            taken = is_worst & (blocks == oldest[:, None]) & (top > worst)[:, None]
+            values = tl.where(taken, top[:, None], values)
+            blocks = tl.where(taken, (start + place)[:, None], blocks)
+            tile = tl.where(block == (start + place)[:, None], -1.0, tile)
+            top, place = tl.max(tile, 1, return_indices=True)
+            worst = tl.min(values, 1)
+    return tl.maximum(blocks, -1)
+
+
+@triton.jit(do_not_specialize=["n", "width"])
 def select_places(
     q, k_cmp, lse,  # [N, Hq, D], [Nc, Hkv, D], [N, Hq] of the compression branch
     selected,  # [N, Hkv, top_k] int32
+    scratch,  # [programs, T, width] float32
     ranges,  # [N, 2] selection blocks of each token's sample
     inner,  # [Ns + 1] first compression block of each selection block
-    n, scale,
+    n, width, scale,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
     D: tl.constexpr, BS: tl.constexpr, SLOTS: tl.constexpr,
-    TOP_K: tl.constexpr, KP: tl.constexpr,
+    W: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """Top-k blocks by compression attention, found online while the blocks stream by.
-
-    A candidate is one int64: the bits of its score, which order as positive floats do, above the
-    complement of its block, so that of equal scores the first block wins.
+    """Top-k blocks by compression attention. Every program works through many tiles of tokens
+    with a scratch of its own, which stays in the cache: nothing is of size N x Nc.
     """
-    h = tl.program_id(1)
     M: tl.constexpr = T * GP
-    NONE: tl.constexpr = -(1 << 62)
     rows = tl.arange(0, M)
-    tokens = tl.minimum(tl.program_id(0) * T + rows // GP, n - 1)
-    row = tokens.to(tl.int64) * (HKV * G) + h * G + tl.minimum(rows % GP, G - 1)
-    q_tile = tl.load(q + row[:, None] * D + tl.arange(0, D)[None, :])
-    # Padding heads weigh nothing.
-    row_lse = tl.where(rows % GP < G, tl.load(lse + row), float("inf"))
-
-    token = tl.program_id(0) * T + tl.arange(0, T)
-    clamped = tl.minimum(token, n - 1)
-    lo = tl.load(ranges + 2 * clamped)
-    hi = tl.load(ranges + 2 * clamped + 1)
-    slots = tl.arange(0, KP)
-    best = tl.zeros([KP, T], tl.int64) - slots[:, None] - 2  # unlike each other, below any score
-    best = tl.where(slots[:, None] < TOP_K, best, 1 << 62)  # never the worst
-    end = tl.max(hi, 0)
-    for start in range(tl.min(lo, 0), end, BS):
-        lines = tl.arange(0, BS * SLOTS)
-        blocks = tl.minimum(start + lines // SLOTS, end - 1)
-        columns = tl.load(inner + blocks) + lines % SLOTS
-        inside = columns < tl.load(inner + blocks + 1)
-        offsets = columns.to(tl.int64)[:, None] * (HKV * D) + h * D + tl.arange(0, D)[None, :]
-        keys = tl.load(k_cmp + offsets, mask=inside[:, None], other=0.0)
-        p = tl.exp2(dot(keys, tl.trans(q_tile)) * scale - row_lse[None, :])
-        scores = tl.sum(tl.reshape(p, [BS * SLOTS, T, GP]), 2)
-        if SLOTS > 1:
-            scores = tl.where(inside[:, None], scores, 0.0)
-            scores = tl.sum(tl.reshape(scores, [BS, SLOTS, T]), 1)
-        block = start + tl.arange(0, BS)
-        key = scores.to(tl.int32, bitcast=True).to(tl.int64) << 32
-        key = key | (0x7FFFFFFF - block).to(tl.int64)[:, None]
-        valid = (block[:, None] >= lo[None, :]) & (block[:, None] < hi[None, :])
-        key = tl.where(valid, key, NONE)
-        top = tl.max(key, 0)
-        worst = tl.min(best, 0)
-        while tl.max((top > worst).to(tl.int32), 0) > 0:
-            taken = (best == worst[None, :]) & (top > worst)[None, :]
-            best = tl.where(taken, top[None, :], best)
-            key = tl.where(key == top[None, :], NONE, key)
-            top = tl.max(key, 0)
-            worst = tl.min(best, 0)
-    block = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
-    block = tl.where(best < 0, -1, block)
-    offsets = (token[None, :].to(tl.int64) * HKV + h) * TOP_K + slots[:, None]
-    tl.store(selected + offsets, block, mask=(slots[:, None] < TOP_K) & (token[None, :] < n))
+    scores = scratch + tl.program_id(0).to(tl.int64) * T * width
+    for item in range(tl.program_id(0), tl.cdiv(n, T) * HKV, tl.num_programs(0)):
+        h = item % HKV
+        tile = item // HKV
+        tokens = tl.minimum(tile * T + rows // GP, n - 1)
+        row = tokens.to(tl.int64) * (HKV * G) + h * G + tl.minimum(rows % GP, G - 1)
+        q_tile = tl.load(q + row[:, None] * D + tl.arange(0, D)[None, :])
+        # Padding heads weigh nothing.
+        row_lse = tl.where(rows % GP < G, tl.load(lse + row), float("inf"))
+        token = tile * T + tl.arange(0, T)
+        begin = tl.load(ranges + 2 * tl.minimum(token, n - 1))
+        end = tl.load(ranges + 2 * tl.minimum(token, n - 1) + 1)
+        first = tl.min(begin, 0)
+        last = tl.max(end, 0)
+        _score_blocks(
+            q_tile, k_cmp + h * D, row_lse, scores, inner, first, last, width, HKV * D, scale,
+            GP, T, D, BS, SLOTS,
+        )  # fmt: skip
+        tl.debug_barrier()  # other threads of the program read what this one wrote
+        blocks = _top_blocks(scores, begin, end, first, last, width, T, W, TOP_K, KP)
+        slots = tl.arange(0, KP)[None, :]
+        offsets = (token[:, None].to(tl.int64) * HKV + h) * TOP_K + slots
+        tl.store(selected + offsets, blocks, mask=(slots < TOP_K) & (token[:, None] < n))
+        tl.debug_barrier()  # before the next tile overwrites the scores
 
 
 @triton.jit(do_not_specialize=["first", "n"])

@@ -21,6 +21,10 @@ from kernels.ssa import SSALayout
 
 LOG2_E = 1.4426950408889634
 PARTIAL_BYTES = 1 << 28  # partial results of the selection branch held at once
+SCRATCH_BYTES = 1 << 27  # scores of the tokens whose blocks are being chosen
+ROUNDS = 4  # tiles of pairs a program works through
+SELECT_TILE = 4096  # scores looked at together
+PROGRAMS_A_MULTIPROCESSOR = 6  # of the persistent select kernel
 HEAD_DIMS = (32, 64, 128)
 MAX_GROUP = 32  # query heads a KV head
 MAX_RATIO = 4  # selection side over compression side
@@ -169,19 +173,27 @@ def ssa_forward(
         HAS_ORDER=False, **shape, **launch,
     )  # fmt: skip
 
-    shape, launch, grid = _launch("select", q, k)
+    shape, launch, _ = _launch("select", q, k)
     padded_slots = triton.next_power_of_2(slots)
     blocks_a_tile = max(1, shape.pop("BN") // padded_slots)
-    forward_kernels.select_places[grid(n)](
-        q, k_cmp, lse[0], selected, selection_range, selection_compression, n, scale,
-        BS=blocks_a_tile, SLOTS=padded_slots, TOP_K=top_k, KP=triton.next_power_of_2(top_k),
+    items = triton.cdiv(n, shape["T"]) * kv_heads
+    row_bytes = 4 * shape["T"] * num_selection
+    programs = max(1, min(items, _programs(q), SCRATCH_BYTES // row_bytes))
+    scratch = torch.empty(programs, shape["T"], num_selection, device=q.device)
+    forward_kernels.select_places[(programs,)](
+        q, k_cmp, lse[0], selected, scratch, selection_range, selection_compression,
+        n, num_selection, scale, BS=blocks_a_tile, SLOTS=padded_slots,
+        W=max(32, SELECT_TILE // shape["T"]), TOP_K=top_k, KP=triton.next_power_of_2(top_k),
         **shape, **launch,
     )  # fmt: skip
+    del scratch
 
     chunk = _chunk(q, top_k)
     order, segments = _sort_pairs(selected, num_selection, chunk)
     shape, launch, _ = _launch("pairs", q, k)
-    tiles = _pair_tiles(segments, -(-n // chunk), min(chunk, n) * kv_heads * top_k, shape["T"])
+    tiles = _pair_tiles(
+        segments, -(-n // chunk), min(chunk, n) * kv_heads * top_k, ROUNDS * shape["T"]
+    )
     partial = q.new_empty(min(chunk, n), kv_heads, top_k, heads // kv_heads, dim)
     partial_lse = torch.empty(partial.shape[:-1], dtype=torch.float32, device=q.device)
     combine_shape, combine_launch, grid = _launch("combine", q, k)
@@ -258,7 +270,7 @@ def ssa_backward(
     shape, launch, grid = _launch("combine", q, k)
     del shape["BN"]
     backward_kernels.prepare_backward[grid(n)](
-        grad, out_cmp, out_sel, dq, gates, delta[0], delta[1], delta[2], grad_gates, n,
+        grad, out_cmp, out_sel, dq, delta[0], delta[1], delta[2], grad_gates, n,
         **shape, **launch,
     )  # fmt: skip
 
@@ -269,7 +281,9 @@ def ssa_backward(
     )  # fmt: skip
     chunk = _chunk(q, top_k)
     shape, launch, _ = _launch("dq_pairs", q, k)
-    tiles = _pair_tiles(segments, -(-n // chunk), min(chunk, n) * kv_heads * top_k, shape["T"])
+    tiles = _pair_tiles(
+        segments, -(-n // chunk), min(chunk, n) * kv_heads * top_k, ROUNDS * shape["T"]
+    )
     partial = q.new_empty(min(chunk, n), kv_heads, top_k, heads // kv_heads, dim)
     for i, first in enumerate(range(0, n, chunk)):
         last = min(first + chunk, n)
@@ -369,6 +383,14 @@ def _chunk(q: Tensor, top_k: int) -> int:
     """Return the tokens whose partial results PARTIAL_BYTES hold."""
     _, heads, dim = q.shape
     return max(1, PARTIAL_BYTES // (heads * top_k * dim * q.element_size()))
+
+
+def _programs(q: Tensor) -> int:
+    """Return the size of a persistent grid."""
+    if q.device.type != "cuda":
+        return 3  # the interpreter: enough that a program works through several tiles
+    count = torch.cuda.get_device_properties(q.device).multi_processor_count
+    return count * PROGRAMS_A_MULTIPROCESSOR
 
 
 def _splits(programs: int) -> int:
