@@ -222,7 +222,7 @@ def normal_scores(
     error = squared / covered / 3 / 4  # a channel, and colours have half the normals' range
     return {
         "normal_psnr_db": float(-10 * np.log10(max(error, 1e-10))),
-        "sharp_normal_error": edge_squared / edges if edges else 0.0,
+        "sharp_normal_error": float(edge_squared / edges) if edges else 0.0,
     }
 
 
