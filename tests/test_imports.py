@@ -8,15 +8,18 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 LAYERS = ["flows", "tasks", "model", "kernels"]
-MESH_MODULES = {
+MESH_MODULES = (
     "tasks/conversion.py",
-    "tasks/mesh2sdf_engine.py",
-    "tasks/mesh_io.py",
+    "tasks/distance.py",
+    "tasks/mesh",  # mesh_io.py and the readers, mesh_inspection.py, mesh2sdf_engine.py
     "tasks/metrics.py",
     "tasks/pictures.py",
     "tasks/rendering.py",
+    "tasks/sharp.py",
+    "tasks/shell.py",
+    "tasks/sign.py",
     "tasks/sparse_engine.py",
-}
+)
 # library: the files or folders that may import it
 HOMES = {
     "prefect": ("flows/", "tasks/"),
@@ -24,7 +27,7 @@ HOMES = {
     "mlflow": ("tasks/tracking.py",),
     "triton": ("kernels/",),
     "spconv": ("model/convolution.py",),
-    **dict.fromkeys(("trimesh", "igl", "embreex", "mesh2sdf", "pyvista"), tuple(MESH_MODULES)),
+    **dict.fromkeys(("trimesh", "igl", "embreex", "mesh2sdf", "pyvista"), MESH_MODULES),
 }
 
 
