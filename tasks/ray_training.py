@@ -22,6 +22,7 @@ from ray.train.torch import TorchTrainer, get_device
 from tasks.latents import LatentSet
 from tasks.presets import Preset, config_digest
 from tasks.samples import SampleRef
+from tasks.stage_pictures import with_pictures
 from tasks.stages import build_loader, build_stage
 from tasks.training import (
     NoReport,
@@ -42,7 +43,9 @@ class TrainingJob:
 
     root: the data folder. samples: of the dataset version, or of `latents` for a diffusion
     transformer. start: checkpoint folder that the stage begins with, where its preset names one.
-    dataset_digest: of the dataset version, or of the latent set.
+    dataset_digest: of the dataset version, or of the latent set. autoencoder: checkpoint folder of
+    the VAE behind `latents`, for pictures. training_dir: where runs keep their folders, on storage
+    that all workers see; by default `training` in the data folder.
     """
 
     stage: str
@@ -53,6 +56,8 @@ class TrainingJob:
     latents: LatentSet | None = None
     start: Path | None = None
     provenance: dict[str, str] = field(default_factory=dict)
+    autoencoder: Path | None = None
+    training_dir: Path | None = None
 
     @property
     def run_name(self) -> str:
@@ -67,7 +72,14 @@ class TrainingJob:
 
     @property
     def checkpoint_dir(self) -> Path:
-        """The run's folder, on storage that all workers see."""
+        """The run's folder. Raises ValueError when it would be on an object store."""
+        if self.training_dir is not None:
+            return self.training_dir / self.run_name
+        if "://" in self.root:
+            raise ValueError(
+                f"checkpoints can't be written to {self.root}: give training_dir, a folder that "
+                "all workers see"
+            )
         return Path(self.root) / "training" / self.run_name
 
 
@@ -125,6 +137,7 @@ def _train_worker(config: dict[str, Any]) -> TrainingResult | Exception:
     torch.set_num_threads(max(1, int(cpus)))
     try:
         stage = build_stage(job.stage, job.preset, job.latents, job.start, job.provenance)
+        stage = with_pictures(stage, job.autoencoder)
         loader = build_loader(job.stage, job.preset, job.samples, job.root, rank, world_size)
     except ValueError as error:
         return error
