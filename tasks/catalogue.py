@@ -8,7 +8,7 @@ version is named by its Delta version and a digest over its rows, such as `v3-1f
 import hashlib
 import types
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
@@ -116,9 +116,19 @@ def _schema() -> pa.Schema:
 SCHEMA = _schema()
 
 
+def storable(text: str) -> str:
+    """Return text as UTF-8 can hold it: a file's name may have bytes that are no text."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def to_table(rows: Iterable[Row]) -> pa.Table:
     """Return rows as an Arrow table with the catalogue's schema."""
-    return pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA)
+    safe = (replace(r, detail=storable(r.detail), warnings=_safe(r.warnings)) for r in rows)
+    return pa.Table.from_pylist([asdict(row) for row in safe], SCHEMA)
+
+
+def _safe(texts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(storable(text) for text in texts)
 
 
 def from_table(table: pa.Table) -> list[Row]:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import faulthandler
 import os
+import pkgutil
 import resource
 import signal
 import subprocess
@@ -100,13 +101,14 @@ class _Child:
 
 @dataclass
 class IsolatedFunction:
-    """Calls function(*args), a generator function that a child can import, under limits.
+    """Calls function(*args) in a child under limits.
 
-    The function yields `Stage` marks and values that pickle. Use as a context, or call `close`;
+    function: names a generator function, `module:name`, which only the child imports. It yields
+    `Stage` marks and values that pickle. Use as a context, or call `close`;
     calls must come from the thread that made the first (the kernel ends the child with it).
     """
 
-    function: Callable[..., Generator[Any, None, None]]
+    function: str
     limits: Limits
     _child: _Child | None = field(default=None, init=False)
 
@@ -189,7 +191,7 @@ class IsolatedFunction:
         return self._child
 
 
-def _start(function: Callable[..., Any], limits: Limits) -> _Child:
+def _start(function: str, limits: Limits) -> _Child:
     """Start a child that has imported the function and waits for jobs."""
     ours, theirs = Pipe()
     stderr, path = tempfile.mkstemp(prefix="gigashape-child-")
@@ -217,12 +219,11 @@ def _start(function: Callable[..., Any], limits: Limits) -> _Child:
         if not child.pipe.poll(START_SECONDS):
             raise TimeoutError(f"no sign of life in {START_SECONDS:g} s")
         child.pipe.recv()
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError) as error:  # TimeoutError is one
         words = child.last_words()
         child.stop()
         raise RuntimeError(
-            f"the child process for {function.__module__}.{function.__qualname__} did not start: "
-            f"{error}\n{words}"
+            f"the child process for {function} did not start: {error}\n{words}"
         ) from error
     return child
 
@@ -266,7 +267,8 @@ def serve(descriptor: int, parent: int) -> None:
     faulthandler.enable()
     pipe = Connection(descriptor)
     try:
-        function, limits = pipe.recv()
+        name, limits = pipe.recv()
+        function = pkgutil.resolve_name(name)
         pipe.send("ready")
         while pipe.poll(IDLE_SECONDS):
             _serve_job(pipe, function, limits, pipe.recv())

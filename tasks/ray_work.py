@@ -59,7 +59,7 @@ def run_chunks(
         return
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:6]}"
     names = (f"{run}-{number:05d}" for number in itertools.count())
-    with _session(workers, address) as width:
+    with session(workers, address) as width:
         size = min(most, math.ceil(len(items) / (CHUNKS_A_WORKER * width)))
         for length in (size, size, 1):
             chunks = [list(items[i : i + length]) for i in range(0, len(items), length)]
@@ -108,7 +108,7 @@ def _call(function: Callable[[str, list[Item]], Result], name: str, items: list[
 
 
 @contextmanager
-def _session(workers: int, address: str | None) -> Iterator[int]:
+def session(workers: int = 0, address: str | None = None) -> Iterator[int]:
     """Join the Ray session of this process, a cluster, or a new local one; yield the workers."""
     started = not ray.is_initialized()
     if started:

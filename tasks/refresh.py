@@ -13,27 +13,28 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from tasks import catalogue
-from tasks.catalogue import DatasetVersion, Key, Row, split_of
+from tasks.asset_work import recipe
+from tasks.catalogue import DatasetVersion, Key, Row, split_of, storable
 from tasks.isolation import Limits
 from tasks.planning import WORK, Plan, Wanted, plan
 from tasks.processing import (
+    PROCESS_ASSET,
     Job,
-    ProcessAsset,
     Settings,
     base_row,
-    process_asset,
     process_shard,
     stage_rows,
 )
 from tasks.ray_work import WorkerDiedError, run_chunks
 from tasks.sources import SourceAsset, open_source
-from tasks.storage import exclusive, list_files, open_filesystem
+from tasks.storage import absolute_root, exclusive, list_files, open_filesystem
 
 logger = logging.getLogger(__name__)
 
@@ -142,11 +143,11 @@ def plan_refresh(config: RefreshConfig) -> Plan:
 
 
 def refresh(
-    config: RefreshConfig, progress: Report | None = None, process: ProcessAsset = process_asset
+    config: RefreshConfig, progress: Report | None = None, process: str = PROCESS_ASSET
 ) -> RefreshReport:
     """Bring a data folder up to date with its source and configuration.
 
-    process: the work on one asset; tests hand in others. Raises DatasetBusyError while another
+    process: names the work on one asset; tests name others. Raises DatasetBusyError while another
     refresh has the folder, FailureBudgetError, CatalogueError when another refresh of an object
     store committed first, and what a source or a disk raises.
     """
@@ -193,7 +194,7 @@ def _look(config: RefreshConfig) -> _State:
             staged |= {row.key: row for row in catalogue.from_table(table)}
     shards = list_files(filesystem, f"{path}/shards")
     assets = _list_assets(config)
-    recipes = dict.fromkeys(sorted(config.resolutions), config.settings.recipe())
+    recipes = dict.fromkeys(sorted(config.resolutions), recipe(config.settings))
     result = plan(
         rows,
         [wanted for _, wanted in assets],
@@ -221,7 +222,7 @@ def _list_assets(config: RefreshConfig) -> list[tuple[SourceAsset, Wanted]]:
         first = min(copies, key=lambda asset: asset.uri)
         wanted = Wanted(
             asset_id,
-            tuple(sorted(asset.uri for asset in copies)),
+            tuple(sorted(storable(asset.uri) for asset in copies)),
             config.source,
             first.licence,
             first.attribution,
@@ -230,6 +231,12 @@ def _list_assets(config: RefreshConfig) -> list[tuple[SourceAsset, Wanted]]:
         )
         listed.append((first, wanted))
     return sorted(listed, key=lambda pair: pair[1].uris)
+
+
+def _absolute_spec(spec: str) -> str:
+    kind, _, rest = spec.partition(":")
+    path = Path(rest).expanduser()
+    return f"{kind}:{path.absolute()}" if kind != "procedural" and path.exists() else spec
 
 
 def _remove_orphans(root: str, state: _State) -> None:
@@ -258,15 +265,13 @@ class _Finished:
     shards: list[str]
 
 
-def _process(
-    config: RefreshConfig, state: _State, progress: Report, process: ProcessAsset
-) -> _Finished:
+def _process(config: RefreshConfig, state: _State, progress: Report, process: str) -> _Finished:
     """Do the planned work; raises FailureBudgetError as soon as too much of it has failed."""
     wanted_at: dict[str, list[int]] = defaultdict(list)
     for entry in state.plan.of(*WORK):
         wanted_at[entry.asset_id].append(entry.resolution)
     jobs = [
-        Job(asset, wanted, tuple(wanted_at[wanted.asset_id]))
+        Job(asset, wanted, _absolute_spec(config.source), tuple(wanted_at[wanted.asset_id]))
         for asset, wanted in state.assets
         if wanted.asset_id in wanted_at
     ]
@@ -281,8 +286,9 @@ def _process(
     progress(0, len(jobs), "")
     work = partial(
         process_shard,
-        config.root,
+        absolute_root(config.root),
         settings=config.settings,
+        recipe=recipe(config.settings),
         limits=config.limits,
         process=process,
     )
@@ -323,7 +329,7 @@ def _died(config: RefreshConfig, shard: str, jobs: list[Job], why: WorkerDiedErr
     """Return, and stage, the rows of assets that no worker survived."""
     rows = [
         replace(
-            base_row(job, resolution, config.settings, config.limits, "failed"),
+            base_row(job, resolution, recipe(config.settings), config.limits),
             reason="worker_died",
             detail=str(why),
         )

@@ -57,6 +57,11 @@ class HashingSink:
         return self._hash.hexdigest()
 
 
+def absolute_root(root: str) -> str:
+    """Return a root that means the same in a process with another working directory."""
+    return root if "://" in root else str(Path(root).absolute())
+
+
 def open_filesystem(root: str | Path) -> tuple[fs.FileSystem, str]:
     """Return the file system of a root (folder or URI) and the root's path in it."""
     if "://" in str(root):

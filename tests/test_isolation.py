@@ -16,7 +16,8 @@ import pytest
 
 from tasks.isolation import IsolatedFunction, Limits, Stage
 
-LIMITS = Limits(seconds=3.0, bytes=400 * 2**20)
+LIMITS = Limits(seconds=60.0, bytes=400 * 2**20)  # more than a busy machine needs to fill them
+BRIEF = Limits(seconds=1.0, bytes=400 * 2**20)
 
 
 def job(kind: str, argument: object = None) -> Iterator[object]:
@@ -58,7 +59,7 @@ def job(kind: str, argument: object = None) -> Iterator[object]:
 
 @pytest.fixture(scope="module")
 def isolated() -> Iterator[IsolatedFunction]:
-    with IsolatedFunction(job, LIMITS) as function:
+    with IsolatedFunction("test_isolation:job", LIMITS) as function:
         yield function
 
 
@@ -84,7 +85,7 @@ def test_values_and_times_come_back_and_the_child_is_reused(isolated: IsolatedFu
     assert first.values[1].tolist() == [1, 2, 3]
     assert second.values[1].tolist() == [10, 11, 12]
     assert list(first.seconds) == ["first", "second"]
-    assert 0.2 <= first.seconds["second"] < 1.5
+    assert first.seconds["second"] >= 0.2
     assert pid(first) == pid(second) != os.getpid()
 
 
@@ -93,7 +94,6 @@ def test_values_and_times_come_back_and_the_child_is_reused(isolated: IsolatedFu
     [
         ("segfault", "crashed", r"(?s)signal 11 \(SIGSEGV\) in `second`.*about to fall.*string_at"),
         ("exit", "crashed", "exit status 3 in `second`"),
-        ("hang", "time_limit", "still in `second` after 3 s"),
         ("touch", "memory_limit", "MiB in `second` of 400"),
         ("allocate", "memory_limit", "(?i)allocate 32"),
     ],
@@ -140,19 +140,23 @@ def test_the_child_holds_nothing_of_ours(
     assert [name.split(":")[0] for name in descriptors] == ["socket"]
 
 
-def test_a_time_limit_takes_grandchildren_too(isolated: IsolatedFunction) -> None:
-    outcome = isolated.run("grandchild")
+@pytest.mark.parametrize("kind", ["hang", "grandchild"])
+def test_a_time_limit_ends_the_child_and_its_children(kind: str) -> None:
+    with IsolatedFunction("test_isolation:job", BRIEF) as function:
+        outcome = function.run(kind)
     assert outcome.failure is not None
     assert outcome.failure.reason == "time_limit"
-    wait_until_gone(outcome.values[1])
+    assert outcome.failure.detail == "still in `second` after 1 s"
+    wait_until_gone(pid(outcome))
+    for grandchild in outcome.values[1:]:
+        wait_until_gone(grandchild)
 
 
 def test_the_child_dies_with_a_killed_parent() -> None:
     script = (
         f"import sys; sys.path[:] = {sys.path!r}\n"
         "from tasks.isolation import IsolatedFunction, Limits\n"
-        "from test_isolation import job\n"
-        "isolated = IsolatedFunction(job, Limits(60, 2**30))\n"
+        "isolated = IsolatedFunction('test_isolation:job', Limits(60, 2**30))\n"
         "print(isolated.run('add', 1).values[0][1], flush=True)\n"
         "isolated.run('hang')\n"
     )
@@ -162,3 +166,11 @@ def test_the_child_dies_with_a_killed_parent() -> None:
         assert alive(child)
         parent.send_signal(signal.SIGKILL)
         wait_until_gone(child)
+
+
+def test_a_function_that_cannot_be_imported_is_explained() -> None:
+    with (
+        IsolatedFunction("test_isolation:nothing", LIMITS) as function,
+        pytest.raises(RuntimeError, match=r"(?s)test_isolation:nothing did not start.*nothing"),
+    ):
+        function.run()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from faulty_work import sphere, work
+from faulty_work import sphere
 from pyarrow import fs
 
 from tasks import catalogue
@@ -31,6 +31,7 @@ from tasks.storage import DatasetBusyError, exclusive
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 LOCAL = fs.LocalFileSystem()
+WORK = "faulty_work:work"
 
 
 class Folder:
@@ -45,8 +46,8 @@ class Folder:
             (16, 32),
             views=2,
             view_size=8,
-            seconds=6,
-            bytes=900 * 2**20,
+            seconds=60,
+            bytes=600 * 2**20,
             workers=2,
             shard_assets=2,
             failure_budget=0.5,
@@ -57,7 +58,7 @@ class Folder:
             (self.path / f"{name}.obj").write_text(f"{text}")
 
     def refresh(self, **changes: object) -> RefreshReport:
-        return refresh(replace(self.config, **changes), process=work)
+        return refresh(replace(self.config, **changes), process=WORK)
 
     def calls(self) -> list[str]:
         """Return, and forget, the assets worked on."""
@@ -101,7 +102,7 @@ def folder(tmp_path: Path, data_root: str) -> Folder:
 def test_only_what_changed_is_done(folder: Folder) -> None:
     folder.write(a="good 1", bb="good 2", ccc="good 3", dddd="good 4", copy="good 1")
     seen: list[tuple[int, int, str]] = []
-    report = refresh(folder.config, lambda *args: seen.append(args), work)
+    report = refresh(folder.config, lambda *args: seen.append(args), WORK)
     assert folder.calls() == ["a", "bb", "ccc", "dddd"]
     assert report.plan.counts() == {"new": 8}
     assert report.outcomes == {"ready": 8}
@@ -165,14 +166,13 @@ def test_a_stale_recipe_a_new_resolution_and_a_lost_file(folder: Folder) -> None
 
 
 def test_a_bad_asset_is_a_row_and_stops_nothing(folder: Folder) -> None:
-    bad = ["segfault", "hang", "hog", "exception", "reject", "reject_16", "segfault_32"]
+    bad = ["segfault", "hog", "exception", "reject", "reject_16", "segfault_32"]
     folder.write(**{name: name for name in bad}, good="good", better="good 2")
     report = folder.refresh(failure_budget=0.9)
     rows = {(r.uris[0].removesuffix(".obj"), r.resolution): r for r in report.version.rows()}
     got = {key: (row.status, row.reason, row.stage) for key, row in rows.items()}
     both = {
         "segfault": ("failed", "crashed", "load"),
-        "hang": ("failed", "time_limit", "load"),
         "hog": ("failed", "memory_limit", "load"),
         "exception": ("failed", "exception", "load"),
         "reject": ("rejected", "no_area", ""),
@@ -188,20 +188,34 @@ def test_a_bad_asset_is_a_row_and_stops_nothing(folder: Folder) -> None:
     }
     assert "OverflowError: too round" in rows["exception", 16].detail
     assert "SIGSEGV" in rows["segfault", 16].detail
-    assert rows["hog", 16].peak_bytes > 700 * 2**20
+    assert rows["hog", 16].peak_bytes > 550 * 2**20
     assert rows["good", 16].warnings == ("odd: a little",)
     folder.check_arrays(report.version.rows())
-    assert len(folder.calls()) == 9
+    assert len(folder.calls()) == 8
 
-    assert folder.refresh(failure_budget=0.9).plan.counts() == {"unchanged": 18}
+    assert folder.refresh(failure_budget=0.9).plan.counts() == {"unchanged": 16}
     assert folder.calls() == []
-    folder.write(hang="hang 2")
     (folder.path / "hog.obj").unlink()
-    (folder.path / "hang.obj").unlink()
     again = folder.refresh(failure_budget=0.9, retry_failed=True)
-    assert again.plan.counts() == {"retry": 5, "gone": 4, "unchanged": 9}
+    assert again.plan.counts() == {"retry": 5, "gone": 2, "unchanged": 9}
     assert folder.calls() == ["exception", "segfault", "segfault_32"]
     assert folder.leftovers() == []
+
+
+def test_a_hanging_asset_and_a_name_that_is_no_text(folder: Folder) -> None:
+    folder.write(hang="hang", good="good")
+    (folder.path / os.fsdecode(b"\xff.obj")).write_text("good 2")
+    report = folder.refresh(seconds=3)
+    assert report.outcomes == {"ready": 4, "failed: time_limit": 2}
+    assert folder.rows()["hang"].detail == "still in `load` after 3 s"
+    assert r"\udcff" in folder.rows()
+    plan = plan_refresh(replace(folder.config, seconds=3))
+    assert plan.counts() == {"unchanged": 6}
+    plan = plan_refresh(folder.config)
+    assert plan.counts() == {"retry": 2, "unchanged": 4}
+    assert {e.reason for e in plan.of("retry")} == {
+        "failed before (time_limit) within 3 s, 600 MiB, now 60 s, 600 MiB"
+    }
 
 
 def test_a_killed_worker_costs_no_asset(folder: Folder) -> None:
@@ -222,9 +236,8 @@ def test_a_killed_worker_costs_no_asset(folder: Folder) -> None:
 
 DRIVER = """
 import sys; sys.path[:] = {path!r}
-from faulty_work import work
 from tasks.refresh import RefreshConfig, refresh
-refresh({config!r}, process=work)
+refresh({config!r}, process={work!r})
 """
 
 
@@ -233,7 +246,7 @@ def test_a_killed_driver_loses_and_doubles_nothing(folder: Folder) -> None:
     first = folder.refresh().version
     folder.calls()
     folder.write(**{f"x{n}": f"slow 0.4 {n}" for n in range(12)})
-    script = DRIVER.format(path=sys.path, config=folder.config)
+    script = DRIVER.format(path=sys.path, config=folder.config, work=WORK)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     with subprocess.Popen([sys.executable, "-c", script], env=environment) as driver:
         staging = Path(folder.root) / "staging"
@@ -244,12 +257,12 @@ def test_a_killed_driver_loses_and_doubles_nothing(folder: Folder) -> None:
             time.sleep(0.01)
         with pytest.raises(DatasetBusyError):
             folder.refresh()
-        offspring = psutil.Process(driver.pid).children(recursive=True)
+        family = psutil.Process(driver.pid).children(recursive=True)
+        # Ray's agents take half a minute to see that their raylet is gone.
+        ours = [p for p in family if "Agent" not in p.name()]
         driver.send_signal(signal.SIGKILL)
     assert open_version(folder.root) == first
-    gone, alive = psutil.wait_procs(offspring, timeout=30)
-    assert not alive
-    assert len(gone) > 4
+    assert psutil.wait_procs(ours, timeout=30)[1] == []
     staged = len(list(staging.glob("*.parquet")))
     done = folder.calls()
     assert 2 <= len(done) < 12
@@ -348,7 +361,7 @@ def _explode(name: str, items: list[int]) -> int:
 
 def test_an_error_of_ours_stops_the_work() -> None:
     with pytest.raises(OSError, match="no space left"):
-        list(run_chunks(_explode, [1, 2], most=1, workers=2, address=None))
+        list(run_chunks(_explode, [1], most=1, workers=2, address=None))
 
 
 def test_the_real_work_on_procedural_assets(data_root: str) -> None:

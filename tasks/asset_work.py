@@ -1,0 +1,76 @@
+"""The work on one asset, in a child process under limits: read, normalise, render, convert.
+
+Imports every mesh library and torch; `tasks.processing` names this module instead of importing it.
+"""
+
+from collections.abc import Generator
+from dataclasses import fields, replace
+from functools import lru_cache
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from tasks.conversion import CONVERSION_VERSION, convert
+from tasks.isolation import Stage
+from tasks.mesh import MeshRejectedError, normalise
+from tasks.processing import Converted, Job, Prepared, Rejected, Settings
+from tasks.rendering import View, render_views
+from tasks.shards import StoredView
+from tasks.sources import Source, open_source
+
+# Part of a catalogue row's recipe: raise it when reading, normalising or rendering change.
+PREPARATION_VERSION = "1"
+
+
+def recipe(settings: Settings) -> str:
+    """Return what a catalogue row depends on beside its asset's bytes and its resolution."""
+    return (
+        f"preparation={PREPARATION_VERSION} conversion={CONVERSION_VERSION} "
+        f"engine={settings.engine} views={settings.views}x{settings.view_size}"
+    )
+
+
+@lru_cache(maxsize=1)
+def _source(spec: str) -> Source:
+    return open_source(spec)
+
+
+def process_asset(
+    job: Job, settings: Settings
+) -> Generator[Stage | Prepared | Rejected | Converted, None, None]:
+    """Read, normalise, render and convert one asset.
+
+    Yields stages, then `Prepared`, then a `Converted` or a `Rejected` for each resolution, lowest
+    first; or one `Rejected` for all.
+    """
+    yield Stage("load")
+    try:
+        mesh = _source(job.source).load(job.asset)
+        mesh = replace(mesh, vertices=normalise(mesh.vertices))
+        yield Stage("render")
+        # Cameras differ from asset to asset and stay the same for each.
+        seed = int(job.wanted.asset_id[:8], 16)
+        views = render_views(mesh, settings.views, settings.view_size, seed)
+    except MeshRejectedError as error:
+        yield Rejected(None, error.reason, error.detail)
+        return
+    yield Prepared(
+        mesh.vertices.astype(np.float32),
+        mesh.faces.astype(np.int32),
+        tuple(_stored(view) for view in views),
+        mesh.warnings,
+    )
+    for resolution in sorted(job.resolutions):
+        yield Stage(f"convert-{resolution}")
+        try:
+            conversion = convert(mesh.vertices, mesh.faces, resolution, settings.engine)
+            yield Converted(*(getattr(conversion, item.name) for item in fields(Converted)))
+        except MeshRejectedError as error:
+            yield Rejected(resolution, error.reason, error.detail)
+
+
+def _stored(view: View) -> StoredView:
+    png = BytesIO()
+    Image.fromarray(view.image).save(png, "PNG")
+    return StoredView(png.getvalue(), view.camera_to_world, view.fov)
