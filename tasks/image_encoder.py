@@ -1,6 +1,5 @@
 """Loads the pretrained image encoder, from a local folder or from the hub at a pinned revision."""
 
-import os
 from pathlib import Path
 
 from model.condition import DINOv2
@@ -32,10 +31,9 @@ def load_image_encoder(config: EncoderConfig) -> DINOv2:
             place, revision="main" if config.path else config.revision
         )
     except (OSError, ValueError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         raise EncoderUnavailableError(
-            f"the image encoder {place} could not be loaded{offline}: {error}. Set encoder.path to "
-            "a local copy of it, or take a preset whose encoder.kind is small-vit"
+            f"the image encoder {place} could not be loaded; set encoder.path to a local copy of "
+            f"it, or take a preset whose encoder.kind is small-vit. The cause: {error}"
         ) from error
     found = {
         "width": backbone.config.hidden_size,

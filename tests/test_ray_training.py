@@ -1,0 +1,130 @@
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from synthetic_data import write_spheres
+
+from tasks.presets import load_preset
+from tasks.ray_training import TrainingJob, train_on_ray
+from tasks.stages import build_loader, build_stage
+from tasks.training import NoReport, TrainingDivergedError, _seed, train
+
+# Ray's own modules warn of each other's deprecated settings.
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
+STEPS = 6
+CPU = torch.device("cpu")
+
+
+class FileReport(NoReport):
+    """Appends each loss to a file, which outlives the worker; at one step, kills it for once."""
+
+    def __init__(self, path: Path, kill_at: int = -1):
+        self.path, self.kill_at = path, kill_at
+
+    def metrics(self, step, values):
+        with self.path.open("a") as file:
+            file.write(json.dumps([step, values["loss"]]) + "\n")
+        killed = self.path.with_suffix(".killed")
+        if step == self.kill_at and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def read(path: Path) -> list[tuple[int, float]]:
+    return [tuple(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers lack this module
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def samples(root):
+    return tuple(write_spheres(root, 5, resolution=64))
+
+
+def make_job(root, samples, **overrides) -> TrainingJob:
+    values = {"steps": STEPS, "log_every": 1, "checkpoint_every": 2, "token_budget": 4096}
+    values |= overrides
+    preset = load_preset(
+        "tiny",
+        {f"training.structure-vae.{k}": v for k, v in values.items()}
+        | {"structure.vae_channels": [8, 8], "structure.latent_channels": 2},
+    )
+    return TrainingJob("structure-vae", preset, str(root), samples, "0123456789abcdef")
+
+
+def bare(job, folder, report) -> None:
+    stage = build_stage(job.stage, job.preset)
+    loader = build_loader(job.stage, job.preset, job.samples, job.root)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(stage, job.preset.training[job.stage], loader, folder, report, CPU)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_killed_worker_goes_on_and_the_losses_are_those_of_the_bare_loop(
+    cluster, root, samples, tmp_path
+):
+    job = make_job(root, samples)
+    bare(job, tmp_path / "bare", FileReport(tmp_path / "bare.log"))
+    expected = read(tmp_path / "bare.log")
+    assert [step for step, _ in expected] == list(range(1, STEPS + 1))
+
+    log = tmp_path / "ray.log"
+    result = train_on_ray(job, lambda: FileReport(log, kill_at=5), cpus_per_worker=1)
+    assert (result.step, result.finished) == (STEPS, True)
+    assert result.checkpoint.parent == job.checkpoint_dir
+    # Killed after step 5, so from the checkpoint of step 4 on again: 5 is told twice, alike.
+    assert read(log) == expected[:5] + expected[4:]
+
+
+def test_two_workers_take_the_mean_of_their_losses(cluster, root, samples, tmp_path):
+    job = make_job(root, samples, token_budget=64, steps=2)  # a sample a batch
+    log = tmp_path / "log"
+    result = train_on_ray(job, lambda: FileReport(log), num_workers=2, cpus_per_worker=1)
+    assert result.finished
+    expected = []
+    for rank in range(2):
+        stage = build_stage(job.stage, job.preset)
+        batch = next(iter(build_loader(job.stage, job.preset, samples, root, rank, 2)))
+        generator = _seed(job.preset.training[job.stage].seed, 0, rank, 0, CPU)
+        expected.append(float(stage.module(batch, generator)[0].detach()))
+    assert read(log)[0][1] == pytest.approx(sum(expected) / 2, rel=1e-5)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+
+
+def test_what_would_fail_again_is_not_tried_again(cluster, root, samples, tmp_path):
+    job = make_job(root, samples, learning_rate=1e30, schedule="constant", warmup_steps=0)
+    log = tmp_path / "log"
+    with pytest.raises(TrainingDivergedError, match="structure-vae"):
+        train_on_ray(job, lambda: FileReport(log), cpus_per_worker=1)
+    assert len({step for step, _ in read(log)}) == len(read(log))
+
+
+def test_a_run_name_tells_data_and_configuration_apart(root, samples):
+    job = make_job(root, samples)
+    names = {
+        job.run_name,
+        make_job(root, samples, steps=7).run_name,
+        make_job(root, samples, seed=1).run_name,
+    }
+    assert len(names) == 3
+    assert job.run_name.startswith("structure-vae-0123456789ab-")
+    assert make_job(root, samples).run_name == job.run_name
