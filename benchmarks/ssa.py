@@ -176,13 +176,12 @@ def growth() -> None:
 
 
 VARIANTS = [  # rows, keys, warps, stages
-    (128, 64, 4, 1), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 2), (128, 32, 4, 2),
-    (64, 128, 4, 1), (128, 128, 8, 1), (128, 64, 8, 1), (256, 64, 8, 2), (64, 32, 4, 2),
+    (128, 64, 4, 2), (64, 64, 4, 1), (64, 64, 4, 2), (64, 128, 4, 1), (128, 32, 4, 3),
+    (32, 64, 4, 2), (128, 64, 4, 4),
 ]  # fmt: skip
 SETTINGS = [  # changed one at a time
-    ("PARTIAL_BYTES", 1 << 27), ("PARTIAL_BYTES", 1 << 26), ("ROUNDS", 1), ("ROUNDS", 2),
-    ("ROUNDS", 8), ("SELECT_TILE", 2048), ("SELECT_TILE", 8192),
-    ("PROGRAMS_A_MULTIPROCESSOR", 3), ("PROGRAMS_A_MULTIPROCESSOR", 10),
+    ("PARTIAL_BYTES", 1 << 27), ("ROUNDS", 8), ("SELECT_GROUPS", 64), ("SELECT_GROUPS", 256),
+    ("PROGRAMS_A_MULTIPROCESSOR", 4), ("PROGRAMS_A_MULTIPROCESSOR", 10),
 ]  # fmt: skip
 
 

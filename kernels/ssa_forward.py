@@ -215,36 +215,49 @@ def _score_blocks(
 
 
 @triton.jit
-def _top_blocks(
-    scores, begin, end,  # scores [T, width] of blocks from `first` on; blocks [begin, end) a token
+def _store_top_blocks(
+    selected,  # to be written: [T, 1] pointers to the first of TOP_K blocks, int32
+    stored,  # [T] whether to write
+    scores,  # [T, width] of blocks from `first` on
+    begin, end,  # [T] blocks [begin, end) that a token may take
     first, last, width,
-    T: tl.constexpr, W: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
+    T: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
-    """Return the blocks of the TOP_K best scores, [T, KP] int32, -1 where there are fewer.
+    """Write the blocks of the TOP_K best scores, best first, -1 where there are fewer.
 
-    Tiles of W blocks stream by; the best of a tile enters the list while it beats the list's
-    worst. Blocks come in order, so of equal scores the first stay.
+    Block b belongs to group (b - first) % GROUPS. The best of every group is kept; the best of
+    these is taken TOP_K times, and its group then looks for the next in its order, which is by
+    score, then by block.
     """
+    NONE: tl.constexpr = -1.0
+    FAR: tl.constexpr = 1 << 30
     token = tl.arange(0, T)[:, None]
-    slots = tl.arange(0, KP)[None, :]
-    values = tl.zeros([T, KP], tl.float32) + tl.where(slots < TOP_K, -1.0, float("inf"))
-    blocks = tl.zeros([T, KP], tl.int32) - 1 - slots  # unlike each other
-    for start in range(first, last, W):
-        block = start + tl.arange(0, W)[None, :]
+    group = tl.arange(0, GROUPS)[None, :]
+    best = tl.zeros([T, GROUPS], tl.float32) + NONE
+    block_of_best = tl.zeros([T, GROUPS], tl.int32)
+    for start in range(first, last, GROUPS):
+        block = start + group
         inside = (block >= begin[:, None]) & (block < end[:, None])
-        tile = tl.load(scores + token * width + (block - first), mask=inside, other=-1.0)
-        top, place = tl.max(tile, 1, return_indices=True)
-        worst = tl.min(values, 1)
-        while tl.max((top > worst).to(tl.int32), 0) > 0:
-            is_worst = values == worst[:, None]
-            oldest = tl.max(tl.where(is_worst, blocks, -(1 << 30)), 1)
-            taken = is_worst & (blocks == oldest[:, None]) & (top > worst)[:, None]
-            values = tl.where(taken, top[:, None], values)
-            blocks = tl.where(taken, (start + place)[:, None], blocks)
-            tile = tl.where(block == (start + place)[:, None], -1.0, tile)
-            top, place = tl.max(tile, 1, return_indices=True)
-            worst = tl.min(values, 1)
-    return tl.maximum(blocks, -1)
+        score = tl.load(scores + token * width + (block - first), mask=inside, other=NONE)
+        better = score > best
+        best = tl.where(better, score, best)
+        block_of_best = tl.where(better, block, block_of_best)
+    for slot in range(TOP_K):
+        top = tl.max(best, 1)
+        taken = tl.min(tl.where(best == top[:, None], block_of_best, FAR), 1)
+        result = tl.where(top > NONE, taken, -1)
+        tl.store(selected + slot, result[:, None], mask=stored[:, None])
+        own = (taken - first) % GROUPS
+        block = first + own[:, None] + tl.arange(0, MEMBERS)[None, :] * GROUPS
+        inside = (block >= begin[:, None]) & (block < end[:, None])
+        score = tl.load(scores + token * width + (block - first), mask=inside, other=NONE)
+        later = (score < top[:, None]) | ((score == top[:, None]) & (block > taken[:, None]))
+        score = tl.where(later, score, NONE)
+        following = tl.max(score, 1)
+        block = tl.min(tl.where(score == following[:, None], block, FAR), 1)
+        changed = group == own[:, None]
+        best = tl.where(changed, following[:, None], best)
+        block_of_best = tl.where(changed, block[:, None], block_of_best)
 
 
 @triton.jit(do_not_specialize=["n", "width"])
@@ -257,7 +270,7 @@ def select_places(
     n, width, scale,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
     D: tl.constexpr, BS: tl.constexpr, SLOTS: tl.constexpr,
-    W: tl.constexpr, TOP_K: tl.constexpr, KP: tl.constexpr,
+    GROUPS: tl.constexpr, MEMBERS: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
     """Top-k blocks by compression attention. Every program works through many tiles of tokens
     with a scratch of its own, which stays in the cache: nothing is of size N x Nc.
@@ -283,10 +296,11 @@ def select_places(
             GP, T, D, BS, SLOTS,
         )  # fmt: skip
         tl.debug_barrier()  # other threads of the program read what this one wrote
-        blocks = _top_blocks(scores, begin, end, first, last, width, T, W, TOP_K, KP)
-        slots = tl.arange(0, KP)[None, :]
-        offsets = (token[:, None].to(tl.int64) * HKV + h) * TOP_K + slots
-        tl.store(selected + offsets, blocks, mask=(slots < TOP_K) & (token[:, None] < n))
+        offsets = (token[:, None].to(tl.int64) * HKV + h) * TOP_K
+        _store_top_blocks(
+            selected + offsets, token < n, scores, begin, end, first, last, width,
+            T, GROUPS, MEMBERS, TOP_K,
+        )  # fmt: skip
         tl.debug_barrier()  # before the next tile overwrites the scores
 
 

@@ -23,7 +23,7 @@ LOG2_E = 1.4426950408889634
 PARTIAL_BYTES = 1 << 28  # partial results of the selection branch held at once
 SCRATCH_BYTES = 1 << 27  # scores of the tokens whose blocks are being chosen
 ROUNDS = 4  # tiles of pairs a program works through
-SELECT_TILE = 4096  # scores looked at together
+SELECT_GROUPS = 128  # groups of blocks whose best scores are kept while choosing
 PROGRAMS_A_MULTIPROCESSOR = 6  # of the persistent select kernel
 HEAD_DIMS = (32, 64, 128)
 MAX_GROUP = 32  # query heads a KV head
@@ -43,11 +43,11 @@ class Tile:
 # Fastest on an H200 at head dim 32 of those tried; see benchmarks/README.md.
 TILES = {
     "attend": Tile(128, 64, 4, 3),
-    "pairs": Tile(128, 64, 4, 2),
+    "pairs": Tile(128, 32, 4, 2),
     "select": Tile(128, 64, 4, 2),
     "combine": Tile(32, 0, 4, 1),
-    "dq": Tile(128, 64, 4, 2),
-    "dq_pairs": Tile(128, 64, 4, 2),
+    "dq": Tile(64, 64, 4, 3),
+    "dq_pairs": Tile(64, 32, 4, 2),
     "dkv": Tile(128, 64, 4, 2),
     "dkv_pairs": Tile(128, 64, 4, 2),
 }
@@ -183,7 +183,8 @@ def ssa_forward(
     forward_kernels.select_places[(programs,)](
         q, k_cmp, lse[0], selected, scratch, selection_range, selection_compression,
         n, num_selection, scale, BS=blocks_a_tile, SLOTS=padded_slots,
-        W=max(32, SELECT_TILE // shape["T"]), TOP_K=top_k, KP=triton.next_power_of_2(top_k),
+        GROUPS=SELECT_GROUPS,
+        MEMBERS=triton.next_power_of_2(triton.cdiv(num_selection, SELECT_GROUPS)), TOP_K=top_k,
         **shape, **launch,
     )  # fmt: skip
     del scratch
