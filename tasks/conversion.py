@@ -7,18 +7,26 @@ import numpy as np
 import torch
 
 from model.marching_cubes import marching_cubes
-from model.sdf import SparseSDF
+from model.sdf import BLOCK, SHAPE_SCALE, SparseSDF
 from tasks.mesh import MeshRejectedError
 from tasks.mesh2sdf_engine import dense_field
 from tasks.sparse_engine import sparse_field
 
 # Part of a catalogue row's recipe: raise it when a conversion's result changes.
-CONVERSION_VERSION = "0"
+CONVERSION_VERSION = "1"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What conversion made of a mesh, and how sure it is."""
+    """What conversion made of a mesh, and how sure it is.
+
+    parts_in, parts_out: connected parts of the mesh (faces that share vertices) of more than two
+        voxels across that can be seen from outside, and those of them found at the surface of the
+        result. Parts hidden in others are in neither. mesh2sdf keeps one part: 1 and 1.
+    closed: the surface of the band, by marching cubes, is closed and consistently oriented.
+    sign_method: `flood`, `flood+winding` (winding numbers closed holes) or `mesh2sdf`.
+    sign_confidence: how far the winding numbers were from undecided, in [0, 1]; 1 without them.
+    """
 
     sdf: SparseSDF
     parts_in: int
@@ -35,7 +43,23 @@ def convert(
     resolution: int,
     engine: Literal["sparse", "mesh2sdf"] = "sparse",
 ) -> Conversion:
-    """Return the conversion of normalised triangles at a resolution."""
+    """Return the conversion of triangles at a resolution.
+
+    vertices: [V, 3], normalised (`tasks.mesh.normalise`). faces: [F, 3]. resolution: a multiple
+    of 8 in [32, 2048]. The first call in a process loads compiled kernels (a second), the first
+    on a machine compiles them (half a minute). Raises ValueError for what the caller could have
+    known, MeshRejectedError (`no_area`, `no_surface`) for what lies in the mesh.
+    """
+    if resolution % BLOCK or not 32 <= resolution <= 2048:
+        raise ValueError(f"resolution {resolution}: expected a multiple of 8 from 32 to 2048")
+    vertices, faces = np.asarray(vertices, np.float64), np.asarray(faces, np.int64)
+    largest = np.abs(vertices).max(initial=0)
+    if not largest <= SHAPE_SCALE + 1e-6:
+        raise ValueError(
+            f"vertices reach {largest:.4g}, expected {SHAPE_SCALE} at most: not normalised, "
+            "call tasks.mesh.normalise first"
+        )
+    warnings: list[str] = []
     if engine == "mesh2sdf":
         sdf = dense_field(vertices, faces, resolution)
         parts_in = parts_out = 1
@@ -44,13 +68,21 @@ def convert(
         result = sparse_field(vertices, faces, resolution)
         sdf, parts_in, parts_out = result.sdf, result.parts_in, result.parts_out
         method, confidence = result.method, result.confidence
+        if result.thin_cells:
+            warnings.append(f"thin: {result.thin_cells} cells of thin surface made a shell")
     surface, triangles = marching_cubes(
         torch.from_numpy(sdf.blocks), torch.from_numpy(sdf.values), resolution
     )
     if not len(triangles):
-        raise MeshRejectedError("no_surface", f"no surface at resolution {resolution}")
+        raise MeshRejectedError(
+            "no_surface", f"nothing of the mesh is larger than a voxel at resolution {resolution}"
+        )
     closed = _closed(triangles, len(surface))
-    return Conversion(sdf, parts_in, parts_out, closed, method, confidence)
+    if not closed:
+        warnings.append("open: the surface of the band is not closed")
+    if parts_out < parts_in:
+        warnings.append(f"parts_lost: {parts_in - parts_out} of {parts_in} parts not found")
+    return Conversion(sdf, parts_in, parts_out, closed, method, confidence, tuple(warnings))
 
 
 def _closed(faces: torch.Tensor, vertex_count: int) -> bool:

@@ -13,6 +13,8 @@ from tasks.distance import closest_on_triangle, compiled
 # end in the shell; over sqrt(1/2), so that a wire has one too; under one: two voxels at most.
 SHELL = 0.75
 THIN, EXCUSED = 1, 2
+# Cosine from which two sides count as those of a plate: wedges up to 32 degrees.
+PLATE = 0.85
 
 
 @compiled
@@ -175,42 +177,84 @@ def _touches_outside(rows: np.ndarray, outside: np.ndarray, x: int, y: int, z: i
 
 
 @compiled
-def _away(
-    corners: np.ndarray, nearest: np.ndarray, row: int, x: int, y: int, z: int
-) -> tuple[float, float, float]:
-    """Return the unit vector from the closest triangle to voxel x, y, z; zero on it."""
-    t = nearest[row, x & 7, y & 7, z & 7]
-    if t < 0:
-        return 0.0, 0.0, 0.0
-    qx, qy, qz = closest_on_triangle(x, y, z, corners[t])
-    qx, qy, qz = x - qx, y - qy, z - qz
-    length = (qx * qx + qy * qy + qz * qz) ** 0.5
-    if length < 1e-9:
-        return 0.0, 0.0, 0.0
-    return qx / length, qy / length, qz / length
+def _is_plate(
+    corners: np.ndarray, candidates: np.ndarray, x: int, y: int, z: int, axis: int
+) -> bool:
+    """Return whether the edge from voxel x, y, z to +axis passes between nearly parallel sides.
+
+    They are the first and the last of the candidate triangles [N] that the edge crosses.
+    """
+    at = (x, y, z)
+    u, v = (axis + 1) % 3, (axis + 2) % 3
+    pu, pv, bottom = at[u], at[v], at[axis]
+    low, high = np.inf, -np.inf
+    lowest = highest = -1
+    for t in candidates:
+        c = corners[t]
+        if min(c[0, u], c[1, u], c[2, u]) > pu or max(c[0, u], c[1, u], c[2, u]) < pu:
+            continue
+        if min(c[0, v], c[1, v], c[2, v]) > pv or max(c[0, v], c[1, v], c[2, v]) < pv:
+            continue
+        e0 = (c[1, u] - c[0, u]) * (pv - c[0, v]) - (c[1, v] - c[0, v]) * (pu - c[0, u])
+        e1 = (c[2, u] - c[1, u]) * (pv - c[1, v]) - (c[2, v] - c[1, v]) * (pu - c[1, u])
+        e2 = (c[0, u] - c[2, u]) * (pv - c[2, v]) - (c[0, v] - c[2, v]) * (pu - c[2, u])
+        if (e0 >= 0) != (e1 >= 0) or (e1 >= 0) != (e2 >= 0) or e0 + e1 + e2 == 0:
+            continue
+        height = (e1 * c[0, axis] + e2 * c[1, axis] + e0 * c[2, axis]) / (e0 + e1 + e2)
+        if not bottom <= height <= bottom + 1:
+            continue
+        if height < low:
+            low, lowest = height, t
+        if height > high:
+            high, highest = height, t
+    if lowest == highest:
+        return False
+    a, b = _normal(corners[lowest]), _normal(corners[highest])
+    return abs(a[0] * b[0] + a[1] * b[1] + a[2] * b[2]) > PLATE
 
 
 @compiled
-def thin_cells(
+def _normal(c: np.ndarray) -> tuple[float, float, float]:
+    ux, uy, uz = c[1, 0] - c[0, 0], c[1, 1] - c[0, 1], c[1, 2] - c[0, 2]
+    vx, vy, vz = c[2, 0] - c[0, 0], c[2, 1] - c[0, 1], c[2, 2] - c[0, 2]
+    x, y, z = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
+    length = max((x * x + y * y + z * z) ** 0.5, 1e-300)
+    return x / length, y / length, z / length
+
+
+@compiled
+def _mark_cell(
+    rows: np.ndarray, outside: np.ndarray, cells: np.ndarray, x: int, y: int, z: int, sure: bool
+) -> None:
+    """Mark a cell THIN, or EXCUSED where an inside voxel lies within a voxel of it, unless sure."""
+    row = _row(rows, x, y, z)
+    if row < 0 or cells[row, x & 7, y & 7, z & 7] == THIN:
+        return
+    thin = sure or _all_outside(rows, outside, x, y, z, -1, 2)
+    cells[row, x & 7, y & 7, z & 7] = THIN if thin else EXCUSED
+
+
+@compiled
+def thin_edges(
     rows: np.ndarray,
     blocks: np.ndarray,
-    corners: np.ndarray,
+    shifted: np.ndarray,
+    starts: np.ndarray,
+    triangles: np.ndarray,
     crossings: np.ndarray,
     outside: np.ndarray,
-    distance: np.ndarray,
-    nearest: np.ndarray,
-) -> np.ndarray:
-    """Return the cells whose surface the signs miss, [B, 8, 8, 8] uint8: THIN, EXCUSED or 0.
+    cells: np.ndarray,
+) -> None:
+    """Mark, in place, the cells around edges that cross the mesh between two outside voxels.
 
-    Thin are the cells around a grid edge that crosses the mesh between two outside voxels: an odd
-    number of times (an open sheet), or with the surface's two sides facing away from each other
-    (a plate thinner than a voxel); and cells with a closest point of a near voxel, all corners
-    outside and no inside voxel around (a wire, a crumb). With an inside voxel around they are
-    excused, as the rim of any sharp edge, unless next to a thin one.
+    An odd number of crossings is an open sheet; but with an inside voxel around, it may also be a
+    crack along the rim of a solid. Two nearly parallel sides are a plate thinner than a voxel.
+    Other even crossings cut off a sharp rim, as sampling does. shifted: the corners that made the
+    crossings; starts, triangles: the candidates of each block.
     """
-    cells = np.zeros(outside.shape, np.uint8)
     for b in range(len(blocks)):
         x0, y0, z0 = blocks[b, 0] * BLOCK, blocks[b, 1] * BLOCK, blocks[b, 2] * BLOCK
+        own = triangles[starts[b] : starts[b + 1]]
         for x in range(x0, x0 + BLOCK):
             for y in range(y0, y0 + BLOCK):
                 for z in range(z0, z0 + BLOCK):
@@ -218,51 +262,68 @@ def thin_cells(
                         continue
                     for axis in range(3):
                         crossed = crossings[b, x & 7, y & 7, z & 7, axis]
-                        if not crossed:
+                        if not crossed or not _outside_at(
+                            rows, outside, x + (axis == 0), y + (axis == 1), z + (axis == 2)
+                        ):
                             continue
-                        i, j, k = x + (axis == 0), y + (axis == 1), z + (axis == 2)
-                        row = _row(rows, i, j, k)
-                        if row < 0 or not outside[row, i & 7, j & 7, k & 7]:
+                        plate = not crossed & 1
+                        if plate and not _is_plate(shifted, own, x, y, z, axis):
                             continue
-                        if not crossed & 1:
-                            ax, ay, az = _away(corners, nearest, b, x, y, z)
-                            bx, by, bz = _away(corners, nearest, row, i, j, k)
-                            if ax * bx + ay * by + az * bz > -0.5:
-                                continue
                         for m in range(4):
                             p, q = m >> 1, m & 1
-                            cx = x - (p if axis != 0 else 0)
-                            cy = y - (p if axis == 0 else q if axis == 2 else 0)
-                            cz = z - (q if axis != 2 else 0)
-                            cell = _row(rows, cx, cy, cz)
-                            if cell >= 0:
-                                cells[cell, cx & 7, cy & 7, cz & 7] = THIN
-                    if distance[b, x & 7, y & 7, z & 7] >= SHELL:
-                        continue
-                    qx, qy, qz = closest_on_triangle(
-                        x, y, z, corners[nearest[b, x & 7, y & 7, z & 7]]
-                    )
-                    cx, cy, cz = int(np.floor(qx)), int(np.floor(qy)), int(np.floor(qz))
-                    cell = _row(rows, cx, cy, cz)
-                    if cell < 0 or cells[cell, cx & 7, cy & 7, cz & 7]:
-                        continue
-                    if _all_outside(rows, outside, cx, cy, cz, 0, 1):
-                        alone = _all_outside(rows, outside, cx, cy, cz, -1, 2)
-                        cells[cell, cx & 7, cy & 7, cz & 7] = THIN if alone else EXCUSED
-    thin = cells.copy()
+                            i = x - (p if axis != 0 else 0)
+                            j = y - (p if axis == 0 else q if axis == 2 else 0)
+                            k = z - (q if axis != 2 else 0)
+                            _mark_cell(rows, outside, cells, i, j, k, plate)
+
+
+@compiled
+def thin_feet(
+    rows: np.ndarray,
+    blocks: np.ndarray,
+    corners: np.ndarray,
+    outside: np.ndarray,
+    distance: np.ndarray,
+    nearest: np.ndarray,
+    cells: np.ndarray,
+) -> None:
+    """Mark, in place, the cells that the surface enters though all their corners are outside.
+
+    They are found as those of the closest points of outside voxels: wires, crumbs, the borders of
+    sheets; with an inside voxel around, sharp rims of solids.
+    """
     for b in range(len(blocks)):
         x0, y0, z0 = blocks[b, 0] * BLOCK, blocks[b, 1] * BLOCK, blocks[b, 2] * BLOCK
         for x in range(x0, x0 + BLOCK):
             for y in range(y0, y0 + BLOCK):
                 for z in range(z0, z0 + BLOCK):
-                    if cells[b, x & 7, y & 7, z & 7] != EXCUSED:
+                    i, j, k = x & 7, y & 7, z & 7
+                    # Farther voxels than a cell of the shell's surface has as corners don't count.
+                    if not outside[b, i, j, k] or distance[b, i, j, k] >= SHELL + 1.0:
                         continue
-                    for m in range(27):
-                        i, j, k = x + m // 9 - 1, y + m // 3 % 3 - 1, z + m % 3 - 1
-                        row = _row(rows, i, j, k)
-                        if row >= 0 and cells[row, i & 7, j & 7, k & 7] == THIN:
-                            thin[b, x & 7, y & 7, z & 7] = THIN
-    return thin
+                    qx, qy, qz = closest_on_triangle(x, y, z, corners[nearest[b, i, j, k]])
+                    i, j, k = int(np.floor(qx)), int(np.floor(qy)), int(np.floor(qz))
+                    if _all_outside(rows, outside, i, j, k, 0, 1):
+                        _mark_cell(rows, outside, cells, i, j, k, False)
+
+
+@compiled
+def settle_excused(rows: np.ndarray, blocks: np.ndarray, cells: np.ndarray) -> None:
+    """Make thin, in place, the excused cells next to thin ones: there a sheet meets a solid."""
+    for _ in range(2):  # excused cells lie up to two deep around an inside voxel
+        before = cells.copy()
+        for b in range(len(blocks)):
+            x0, y0, z0 = blocks[b, 0] * BLOCK, blocks[b, 1] * BLOCK, blocks[b, 2] * BLOCK
+            for x in range(x0, x0 + BLOCK):
+                for y in range(y0, y0 + BLOCK):
+                    for z in range(z0, z0 + BLOCK):
+                        if before[b, x & 7, y & 7, z & 7] != EXCUSED:
+                            continue
+                        for m in range(27):
+                            i, j, k = x + m // 9 - 1, y + m // 3 % 3 - 1, z + m % 3 - 1
+                            row = _row(rows, i, j, k)
+                            if row >= 0 and before[row, i & 7, j & 7, k & 7] == THIN:
+                                cells[b, x & 7, y & 7, z & 7] = THIN
 
 
 @compiled

@@ -24,6 +24,8 @@ STEPS = 6
 # Pockets of fewer voxels are crevices, and outside, without a question asked.
 SMALL_POCKET = 32
 SAMPLES = 4  # a pocket
+# A pocket is inside from this winding number on: beside an open sheet it is one half.
+SURE = 0.75
 # Solid angles to compute at most, some 2 s: past it the smaller pockets are not asked about.
 SOLID_ANGLES = 100_000_000
 
@@ -197,7 +199,7 @@ def outside_voxels(
     is absent; crossings: [B, 8, 8, 8, 3].
 
     The second result is None when no pocket was in doubt; else the mean over the voxels asked
-    about of how far the winding number lay from one half (0: undecided, 1: certain).
+    about of how far the winding number lay from SURE (0: undecided, 1: certain).
     """
     side = len(rows)
     regions, region_count = ndimage.label(rows < 0)
@@ -237,8 +239,9 @@ def outside_voxels(
         surface = (corners, *_oriented_patches(faces))
         evidence = _evidence(*surface, _positions(samples[asked].reshape(-1), blocks))
         score = np.median(evidence.reshape(-1, SAMPLES), 1)
-        confidence = float(np.average(np.abs(2 * score - 1), weights=sizes[asked]))
-        inside = np.flatnonzero(np.isin(state, POCKET + asked[score >= 0.5])).astype(np.int32)
+        margin = np.abs(score - SURE) / np.where(score < SURE, SURE, 1 - SURE)
+        confidence = float(np.average(margin, weights=sizes[asked]))
+        inside = np.flatnonzero(np.isin(state, POCKET + asked[score >= SURE])).astype(np.int32)
         state[inside] = INSIDE
         steps_out = state.copy()
         between = (WIDE + 1, WIDE + STEPS)

@@ -34,7 +34,7 @@ class SparseResult:
     parts_in: connected parts of the mesh (sharing vertices) above PART_SIZE that are seen from
         outside; parts_out: those of them at the surface of the result.
     method, confidence: `flood`, or `flood+winding` with how far the winding numbers of the pockets
-        lay from a half (0: undecided, 1: certain); see `tasks/sign.py`.
+        lay from undecided (0: undecided, 1: certain); see `tasks/sign.py`.
     thin_cells: cells whose surface had to be made a shell.
     """
 
@@ -81,12 +81,16 @@ def sparse_field(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Sp
     rows, starts, triangles = group_pairs(*block_pairs(corners, side, reach), side)
     blocks = np.argwhere(rows >= 0).astype(np.int32)
     distance, nearest = block_distances(corners, blocks, starts, triangles, reach)
-    crossings = edge_crossings(corners + SHIFT, rows, len(blocks))
+    shifted = corners + SHIFT
+    crossings = edge_crossings(shifted, rows, len(blocks))
     outside, confidence = outside_voxels(corners, faces, blocks, rows, distance, crossings)
     seen_distance = distance.copy()
     shell.drop_hidden(rows, blocks, corners, crossings, outside, distance, nearest, reach)
     field = np.where(outside, distance, -distance)
-    cells = shell.thin_cells(rows, blocks, corners, crossings, outside, distance, nearest)
+    cells = np.zeros(outside.shape, np.uint8)
+    shell.thin_edges(rows, blocks, shifted, starts, triangles, crossings, outside, cells)
+    shell.thin_feet(rows, blocks, corners, outside, distance, nearest, cells)
+    shell.settle_excused(rows, blocks, cells)
     shell.thicken(rows, blocks, corners, cells, nearest, field)
     if confidence is not None:
         shell.cap_holes(rows, blocks, crossings, outside, field)
