@@ -274,7 +274,7 @@ def test_an_encoder_that_is_not_there_is_an_error_and_never_another(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(EncoderUnavailableError, match=r"nothing could not be loaded; set encoder"):
         load_image_encoder(replace(dino_preset(dino_folder).encoder, path=""))
-    with pytest.raises(ValueError, match="blocks is 2, not 3"):
+    with pytest.raises(ValueError, match="blocks is 3 in the configuration, 2 there"):
         load_image_encoder(replace(dino_preset(dino_folder).encoder, blocks=3))
     with pytest.raises(ValueError, match='"small-vit"'):
         load_image_encoder(load_preset("tiny").encoder)
