@@ -283,31 +283,30 @@ def dkv_places(
             BRANCH, 0, True, HKV, G, GP, T, D, BN, HAS_ORDER,
         )  # fmt: skip
     inside = columns < num_keys
-    if HAS_ORDER:
-        rows = tl.load(order + columns, mask=inside, other=0)
-    else:
-        rows = columns
+    rows = tl.load(order + columns, mask=inside, other=0) if HAS_ORDER else columns
     line = (split.to(tl.int64) * num_keys + rows) * HKV + h
     offsets = line[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(dk + offsets, grad_k * q_scale, mask=inside[:, None])
     tl.store(dv + offsets, grad_v, mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["num_blocks", "stride"])
+@triton.jit(do_not_specialize=["num_blocks", "stride", "tiles_a_block"])
 def dkv_pairs(
     q, k, v, grad, gates, lse, delta,
     dk_win, dv_win,  # [N, Hkv, D] float32, the window branch's share
     dk, dv,  # [N, Hkv, D] to be written
     order, segments,  # segments [>= Hkv * Ns * stride + 1]: first place of each KV head and block
-    starts, num_blocks, stride, scale, q_scale,
+    starts, num_blocks, stride, tiles_a_block, scale, q_scale,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
     D: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values: selection branch, with the window branch added."""
-    block = tl.program_id(0)
-    h = tl.program_id(1)
+    # Tiles of one block run side by side: they read the same rows.
+    tile = tl.program_id(0) % tiles_a_block
+    block = tl.program_id(0) // tiles_a_block % num_blocks
+    h = tl.program_id(0) // tiles_a_block // num_blocks
     last = tl.load(starts + block + 1)
-    first = tl.load(starts + block) + tl.program_id(2) * BN
+    first = tl.load(starts + block) + tile * BN
     if first < last:
         columns = first + tl.arange(0, BN)
         keys = load_keys(k + h * D, columns, last, order, HKV * D, D, False)
@@ -315,7 +314,8 @@ def dkv_pairs(
         list_begin = tl.load(segments + (h * num_blocks + block) * stride)
         list_end = tl.load(segments + (h * num_blocks + block + 1) * stride)
         grad_k, grad_v = _dkv_rows(
-            keys, values, columns, list_begin, list_end, q, grad, gates, lse, delta, order, starts, h, scale,
+            keys, values, columns, list_begin, list_end,
+            q, grad, gates, lse, delta, order, starts, h, scale,
             1, PAIRS, False, HKV, G, GP, T, D, BN, True,
         )  # fmt: skip
         offsets = (columns.to(tl.int64) * HKV + h)[:, None] * D + tl.arange(0, D)[None, :]

@@ -35,10 +35,7 @@ def row_of(
 def load_keys(x, columns, end, order, stride, D: tl.constexpr, HAS_ORDER: tl.constexpr):
     """Return rows [BN, D] of keys or values at columns, zeros from `end` on."""
     inside = columns < end
-    if HAS_ORDER:
-        keys = tl.load(order + columns, mask=inside, other=0)
-    else:
-        keys = columns
+    keys = tl.load(order + columns, mask=inside, other=0) if HAS_ORDER else columns
     offsets = keys.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
     return tl.load(x + offsets, mask=inside[:, None], other=0.0)
 
@@ -58,10 +55,14 @@ def _softmax_step(
     keys = load_keys(k, columns, end, order, stride, D, HAS_ORDER)
     logits = dot(q, tl.trans(keys))
     if MASK:
+        # Scaled before it is masked: a fused scale * MASKED - m would leave a huge rounding error.
         inside = (columns[None, :] >= lo[:, None]) & (columns[None, :] < hi[:, None])
-        logits = tl.where(inside, logits, MASKED)
-    m_new = tl.maximum(m, tl.max(logits, 1) * scale)
-    p = tl.exp2(logits * scale - m_new[:, None])
+        logits = tl.where(inside, logits * scale, MASKED)
+        m_new = tl.maximum(m, tl.max(logits, 1))
+        p = tl.exp2(logits - m_new[:, None])
+    else:
+        m_new = tl.maximum(m, tl.max(logits, 1) * scale)
+        p = tl.exp2(logits * scale - m_new[:, None])
     shrink = tl.exp2(m - m_new)
     total = total * shrink + tl.sum(p, 1)
     values = load_keys(v, columns, end, order, stride, D, HAS_ORDER)

@@ -44,12 +44,12 @@ class Tile:
 TILES = {
     "attend": Tile(128, 64, 4, 3),
     "pairs": Tile(128, 32, 4, 2),
-    "select": Tile(128, 64, 4, 2),
+    "select": Tile(128, 64, 4, 4),
     "combine": Tile(32, 0, 4, 1),
     "dq": Tile(64, 64, 4, 3),
     "dq_pairs": Tile(64, 32, 4, 2),
-    "dkv": Tile(128, 64, 4, 2),
-    "dkv_pairs": Tile(128, 64, 4, 2),
+    "dkv": Tile(128, 64, 4, 1),
+    "dkv_pairs": Tile(128, 64, 4, 1),
 }
 
 
@@ -134,13 +134,13 @@ def ssa_forward(
     selection_compression: Tensor,
     compression_range: Tensor,
     selection_range: Tensor,
-    compression_tokens: Tensor,
+    compression_tokens: Tensor,  # noqa: ARG001  (for the backward)
     window_order: Tensor,
     window_range: Tensor,
     top_k: int,
     num_selection: int,
     slots: int,
-    block_tokens: int,
+    block_tokens: int,  # noqa: ARG001  (for the backward)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return output, compression and selection branch [N, Hq, D], log2-sum-exp [3, N, Hq] float32
     (compression, selection, window), selected [N, Hkv, top_k], and the sorted pairs: the pairs and
@@ -320,10 +320,10 @@ def ssa_backward(
     )  # fmt: skip
     shape, launch, _ = _launch("dkv_pairs", q, k)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    grid_pairs = (num_selection, kv_heads, triton.cdiv(min(n, block_tokens), shape["BN"]))
-    backward_kernels.dkv_pairs[grid_pairs](
+    tiles_a_block = triton.cdiv(min(n, block_tokens), shape["BN"])
+    backward_kernels.dkv_pairs[(kv_heads * num_selection * tiles_a_block,)](
         q, k, v, grad, gates, lse[1], delta[1], dk_win, dv_win, dk, dv, order, segments,
-        selection_starts, num_selection, -(-n // chunk), scale, q_scale,
+        selection_starts, num_selection, -(-n // chunk), tiles_a_block, scale, q_scale,
         PAIRS=kv_heads * top_k, **shape, **launch,
     )  # fmt: skip
     return (

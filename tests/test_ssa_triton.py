@@ -7,6 +7,8 @@ import os
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
@@ -16,7 +18,7 @@ from tests.test_ssa import draw_coords, sorted_layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "gates")
-# ||ours - exact|| / ||exact||: a few roundings of the dtype. Seen: 6e-7, 6e-4, 4.5e-3.
+# ||ours - exact|| / ||exact||: a few roundings of the dtype. Seen on an H200: 7e-7, 4e-4, 3.3e-3.
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
@@ -82,23 +84,39 @@ def block_scores(q, k_cmp, layout):
     return scores.masked_fill(~same[:, None], -1)
 
 
-CASES = [  # samples, sides, shift, heads, kv_heads, dim, top_k, grid
-    ([40, 1, 0, 25], (4, 8, 8), 4, 4, 2, 32, 3, 20),
-    ([150], (8, 8, 8), 4, 3, 1, 32, 2, 10),  # blocks over 64 tokens, a group no power of 2
-    ([20, 9], (2, 8, 8), 0, 2, 2, 64, 64, 20),  # top-k above the number of blocks
-    ([12, 9], (8, 8, 8), 0, 32, 1, 32, 2, 24),
+# samples, sides, shift, heads, KV heads, head dim, top-k, grid, dtype
+CASES = [
+    ([24, 1, 0, 14], (4, 8, 8), 4, 4, 2, 32, 3, 14, torch.float32),
+    ([24, 1, 0, 14], (4, 8, 8), 4, 4, 2, 32, 3, 14, torch.float16),
+    ([150], (8, 8, 8), 4, 3, 1, 32, 2, 8, torch.float32),  # over 64 tokens a block, 3 heads
+    ([12, 9], (2, 8, 8), 0, 2, 2, 64, 64, 16, torch.float32),  # top-k above the blocks there are
+    ([6, 5], (8, 8, 8), 0, 32, 1, 32, 2, 16, torch.float32),
 ]
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kernels_equal_the_reference(case, dtype):
-    *shape, top_k, grid = case
+def test_kernels_equal_the_reference(case):
+    *shape, top_k, grid, dtype = case
     inputs, layout, grad = draw(*shape, 1, dtype, grid)
     check(inputs, layout, grad, top_k)
 
 
+@settings(max_examples=2 if DEVICE == "cpu" else 40, deadline=None)
+@given(
+    samples=st.lists(st.integers(0, 12), min_size=1, max_size=3).filter(any),
+    sides=st.sampled_from([(4, 8, 8), (8, 8, 8), (2, 4, 6)]),
+    shift=st.integers(0, 5),
+    heads=st.sampled_from([(2, 1), (3, 3), (4, 2)]),
+    top_k=st.integers(1, 5),
+    seed=st.integers(0, 1 << 30),
+)
+def test_kernels_equal_the_reference_on_drawn_layouts(samples, sides, shift, heads, top_k, seed):
+    inputs, layout, grad = draw(samples, sides, shift, *heads, 32, seed, torch.float32, 12)
+    check(inputs, layout, grad, top_k)
+
+
 @pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="too large for the interpreter")
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize("heads", [(32, 2, 32), (16, 1, 64), (4, 4, 128), (12, 2, 32)])
 @pytest.mark.parametrize("top_k", [8, 40])
@@ -109,7 +127,7 @@ def test_kernels_equal_the_reference_on_larger_batches(heads, dtype, top_k):
 
 
 def test_of_equal_scores_the_first_blocks_are_selected():
-    inputs, layout, _ = draw([60], (8, 8, 8), 0, 2, 1, 32, 3, torch.float32, 64)
+    inputs, layout, _ = draw([40], (8, 8, 8), 0, 2, 1, 32, 3, torch.float32, 24)
     with torch.no_grad():
         inputs[0].zero_()
     _, selected = ssa_triton.attention_and_selection(*inputs, layout, 4)
@@ -119,7 +137,7 @@ def test_of_equal_scores_the_first_blocks_are_selected():
 
 
 def test_the_same_inputs_give_the_same_bits():
-    inputs, layout, grad = draw([30, 9], (8, 8, 8), 4, 4, 2, 32, 4, torch.float32)
+    inputs, layout, grad = draw([20, 9], (8, 8, 8), 4, 4, 2, 32, 4, torch.float32, 12)
     first, second = (
         (out := ssa_triton.attention(*inputs, layout, 3), *torch.autograd.grad(out, inputs, grad))
         for _ in range(2)
@@ -128,7 +146,7 @@ def test_the_same_inputs_give_the_same_bits():
 
 
 def test_the_operators_have_fakes():
-    inputs, layout, _ = draw([20, 9], (8, 8, 8), 4, 4, 2, 32, 5, torch.float32)
+    inputs, layout, _ = draw([9, 5], (8, 8, 8), 4, 2, 1, 32, 5, torch.float32, 10)
     torch.library.opcheck(
         ssa_triton.ssa_forward,
         ssa_triton.operator_arguments(*inputs, layout, 3),
