@@ -15,7 +15,10 @@ from tasks.stages import build_loader, build_stage
 from tasks.training import NoReport, TrainingDivergedError, _seed, train
 
 # Ray's own modules warn of each other's deprecated settings.
-pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*"),
+    pytest.mark.timeout(400),  # each start of Ray's actors imports torch; busy cores take minutes
+]
 STEPS = 6
 CPU = torch.device("cpu")
 
