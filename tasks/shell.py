@@ -60,8 +60,8 @@ def drop_hidden(
     Blocks with an edge that crosses a triangle between two inside voxels, and those around them,
     are done anew, layer by layer from the outside: a voxel tries the triangles of its 26
     neighbours. The closest point counts where its cell has a corner outside; else, at the crease
-    where two parts meet, the neighbour's own closest point stands in (measured: up to 0.3 voxel
-    too far there). Returns the number of blocks done.
+    where two parts meet, the neighbour's own closest point stands in (measured: 0.75 voxel
+    too far at worst, 0.15 at the 99th percentile). Returns the number of blocks done.
     """
     count = len(blocks)
     hides = np.zeros(count, np.bool_)
@@ -209,8 +209,11 @@ def _is_plate(
             high, highest = height, t
     if lowest == highest:
         return False
+    # Turned to face each way along the edge, whatever their orientation: the sides of a plate then
+    # face away from each other, those of a flat bump that the edge cuts off the same way.
     a, b = _normal(corners[lowest]), _normal(corners[highest])
-    return abs(a[0] * b[0] + a[1] * b[1] + a[2] * b[2]) > PLATE
+    facing = a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+    return (facing if a[axis] * b[axis] < 0 else -facing) < -PLATE
 
 
 @compiled
@@ -224,14 +227,37 @@ def _normal(c: np.ndarray) -> tuple[float, float, float]:
 
 @compiled
 def _mark_cell(
-    rows: np.ndarray, outside: np.ndarray, cells: np.ndarray, x: int, y: int, z: int, sure: bool
+    rows: np.ndarray, weak: np.ndarray, cells: np.ndarray, x: int, y: int, z: int, sure: bool
 ) -> None:
-    """Mark a cell THIN, or EXCUSED where an inside voxel lies within a voxel of it, unless sure."""
+    """Mark a cell THIN, or EXCUSED where a solid voxel lies within a voxel of it, unless sure."""
     row = _row(rows, x, y, z)
     if row < 0 or cells[row, x & 7, y & 7, z & 7] == THIN:
         return
-    thin = sure or _all_outside(rows, outside, x, y, z, -1, 2)
+    thin = sure or _all_outside(rows, weak, x, y, z, -1, 2)
     cells[row, x & 7, y & 7, z & 7] = THIN if thin else EXCUSED
+
+
+@compiled
+def weak_voxels(rows: np.ndarray, blocks: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """Return the voxels [B, 8, 8, 8] outside, or inside with two inside neighbours at most.
+
+    The few samples that a wire happens to catch are such: they represent no solid.
+    """
+    weak = outside.copy()
+    for b in range(len(blocks)):
+        x0, y0, z0 = blocks[b, 0] * BLOCK, blocks[b, 1] * BLOCK, blocks[b, 2] * BLOCK
+        for x in range(x0, x0 + BLOCK):
+            for y in range(y0, y0 + BLOCK):
+                for z in range(z0, z0 + BLOCK):
+                    if outside[b, x & 7, y & 7, z & 7]:
+                        continue
+                    found = 0
+                    for axis in range(3):
+                        i, j, k = int(axis == 0), int(axis == 1), int(axis == 2)
+                        found += not _outside_at(rows, outside, x + i, y + j, z + k)
+                        found += not _outside_at(rows, outside, x - i, y - j, z - k)
+                    weak[b, x & 7, y & 7, z & 7] = found <= 2
+    return weak
 
 
 @compiled
@@ -243,6 +269,7 @@ def thin_edges(
     triangles: np.ndarray,
     crossings: np.ndarray,
     outside: np.ndarray,
+    weak: np.ndarray,
     cells: np.ndarray,
 ) -> None:
     """Mark, in place, the cells around edges that cross the mesh between two outside voxels.
@@ -274,7 +301,7 @@ def thin_edges(
                             i = x - (p if axis != 0 else 0)
                             j = y - (p if axis == 0 else q if axis == 2 else 0)
                             k = z - (q if axis != 2 else 0)
-                            _mark_cell(rows, outside, cells, i, j, k, plate)
+                            _mark_cell(rows, weak, cells, i, j, k, plate)
 
 
 @compiled
@@ -283,14 +310,15 @@ def thin_feet(
     blocks: np.ndarray,
     corners: np.ndarray,
     outside: np.ndarray,
+    weak: np.ndarray,
     distance: np.ndarray,
     nearest: np.ndarray,
     cells: np.ndarray,
 ) -> None:
-    """Mark, in place, the cells that the surface enters though all their corners are outside.
+    """Mark, in place, the cells that the surface enters though none of their corners is solid.
 
     They are found as those of the closest points of outside voxels: wires, crumbs, the borders of
-    sheets; with an inside voxel around, sharp rims of solids.
+    sheets; with a solid voxel around, sharp rims of solids.
     """
     for b in range(len(blocks)):
         x0, y0, z0 = blocks[b, 0] * BLOCK, blocks[b, 1] * BLOCK, blocks[b, 2] * BLOCK
@@ -303,8 +331,8 @@ def thin_feet(
                         continue
                     qx, qy, qz = closest_on_triangle(x, y, z, corners[nearest[b, i, j, k]])
                     i, j, k = int(np.floor(qx)), int(np.floor(qy)), int(np.floor(qz))
-                    if _all_outside(rows, outside, i, j, k, 0, 1):
-                        _mark_cell(rows, outside, cells, i, j, k, False)
+                    if _all_outside(rows, weak, i, j, k, 0, 1):
+                        _mark_cell(rows, weak, cells, i, j, k, False)
 
 
 @compiled

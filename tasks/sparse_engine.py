@@ -88,8 +88,9 @@ def sparse_field(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Sp
     shell.drop_hidden(rows, blocks, corners, crossings, outside, distance, nearest, reach)
     field = np.where(outside, distance, -distance)
     cells = np.zeros(outside.shape, np.uint8)
-    shell.thin_edges(rows, blocks, shifted, starts, triangles, crossings, outside, cells)
-    shell.thin_feet(rows, blocks, corners, outside, distance, nearest, cells)
+    weak = shell.weak_voxels(rows, blocks, outside)
+    shell.thin_edges(rows, blocks, shifted, starts, triangles, crossings, outside, weak, cells)
+    shell.thin_feet(rows, blocks, corners, outside, weak, distance, nearest, cells)
     shell.settle_excused(rows, blocks, cells)
     shell.thicken(rows, blocks, corners, cells, nearest, field)
     if confidence is not None:
