@@ -15,6 +15,7 @@ import multiprocessing
 import resource
 import time
 from pathlib import Path
+from typing import Literal
 
 import igl
 import numpy as np
@@ -26,10 +27,11 @@ from tasks.conversion import convert
 from tasks.mesh import normalise
 from tasks.mesh_io import read_mesh
 
+Engine = Literal["sparse", "mesh2sdf"]
 SUFFIXES = {".glb", ".gltf", ".obj", ".ply", ".stl", ".dae", ".3mf", ".off"}
 
 
-def measure(path: Path, root: Path, resolution: int, engine: str) -> dict[str, object]:
+def measure(path: Path, root: Path, resolution: int, engine: Engine) -> dict[str, object]:
     """Convert one mesh in this process and return its row."""
     torch.set_num_threads(1)
     ball = trimesh.creation.icosphere(1)
@@ -56,7 +58,7 @@ def measure(path: Path, root: Path, resolution: int, engine: str) -> dict[str, o
     )[0]
     points = surface[:: max(1, len(surface) // 20_000)].double().numpy()
     squared = igl.point_mesh_squared_distance(points, vertices, mesh.faces)[0]
-    error = np.sqrt(squared) * resolution / 2
+    stands_off = np.sqrt(squared) * resolution / 2
     return row | {
         "faces": len(mesh.faces),
         "band_voxels": sdf.band_voxels,
@@ -67,8 +69,8 @@ def measure(path: Path, root: Path, resolution: int, engine: str) -> dict[str, o
         "sign_method": result.sign_method,
         "sign_confidence": round(result.sign_confidence, 3),
         "thin": any(w.startswith("thin") for w in result.warnings),
-        "error_median": float(np.median(error)),
-        "error_99": float(np.percentile(error, 99)),
+        "error_median": float(np.median(stands_off)),
+        "error_99": float(np.percentile(stands_off, 99)),
     }
 
 

@@ -258,9 +258,14 @@ def outside_voxels(
 def _evidence(
     corners: np.ndarray, patches: np.ndarray, turns: np.ndarray, points: np.ndarray
 ) -> np.ndarray:
-    """Return how much speaks for points [S, 3] to be inside, in [0, 1]: one half decides."""
+    """Return how much speaks for points [S, 3] to be inside, in [0, 1]: one half decides.
+
+    A patch that surrounds the point by itself; or all of them together, but then only when they
+    add up to nearly a whole number: open sheets, a half each, add up to anything.
+    """
     total, strongest = winding_numbers(corners, patches, turns, points)
-    return np.minimum(np.maximum(np.abs(total), strongest), 1)
+    together = np.where(np.round(total) == 0, 0, 1 - 4 * np.abs(total - np.round(total)))
+    return np.clip(np.maximum(together, strongest), 0, 1)
 
 
 def _positions(ids: np.ndarray, blocks: np.ndarray) -> np.ndarray:
