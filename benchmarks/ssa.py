@@ -108,6 +108,7 @@ def table() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in ROWS:
         tokens, samples, sides, top_k, heads, kv_heads, dim, want_forward, want_backward = row
+        sides_text = "/".join(map(str, sides))
         flash = time_full(row, SDPBackend.FLASH_ATTENTION)
         cudnn = time_full(row, SDPBackend.CUDNN_ATTENTION)
         inputs, layout, grad = draw(row)
@@ -116,7 +117,7 @@ def table() -> None:
             inputs, grad,
         )  # fmt: skip
         print(
-            f"| {samples} x {tokens:,} | {'/'.join(map(str, sides))}, {top_k}, {heads} + {kv_heads} "
+            f"| {samples} x {tokens:,} | {sides_text}, {top_k}, {heads} + {kv_heads} "
             f"of {dim} | {flash[0]:.2f} / {flash[1]:.2f} | {cudnn[0]:.2f} / {cudnn[1]:.2f} | "
             f"{ours[0]:.2f} / {ours[1]:.2f} | {ours[2]:.2f} | {flash[0] / ours[0]:.1f} "
             f"({want_forward}) | {flash[1] / ours[1]:.1f} ({want_backward}) |",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels import ssa_backward as backward_kernels
 from kernels import ssa_forward as forward_kernels
@@ -358,6 +359,27 @@ def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
 
 
 ssa_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.gigashape.ssa_forward)
+def _forward_flops(q, k, v, k_cmp, *others, out_shape=None):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """Count two products of every branch and the scores' one; blocks and windows of mean size.
+
+    The compression blocks of a batch count as if they were of one sample.
+    """
+    n, heads, dim = q
+    top_k, num_selection = others[-4:-2]
+    local = (top_k + 1) * n // max(num_selection, 1)
+    return 2 * n * heads * dim * (3 * k_cmp[0] + 2 * local)
+
+
+@register_flop_formula(torch.ops.gigashape.ssa_backward)
+def _backward_flops(grad, q, k, v, k_cmp, *others, out_shape=None):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """Count five products of every branch, as is usual, though the kernels take seven."""
+    n, heads, dim = q
+    top_k, num_selection = others[5][2], others[-2]
+    local = (top_k + 1) * n // max(num_selection, 1)
+    return 2 * n * heads * dim * 5 * (k_cmp[0] + local)
 
 
 def _launch(kernel: str, q: Tensor, k: Tensor):  # type: ignore[no-untyped-def]

@@ -13,10 +13,15 @@ from hypothesis import strategies as st
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
+import triton.language as tl
+from test_ssa import draw_coords, sorted_layout
+from torch.utils.flop_counter import FlopCounterMode
+
 from kernels import ssa, ssa_triton
-from tests.test_ssa import draw_coords, sorted_layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and type(tl.max).__name__ != "InterpretedFunction":
+    raise RuntimeError("triton was imported before TRITON_INTERPRET=1: set it in tests/conftest.py")
 NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "gates")
 # ||ours - exact|| / ||exact||: a few roundings of the dtype. Seen on an H200: 7e-7, 4e-4, 3.3e-3.
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -145,8 +150,15 @@ def test_the_same_inputs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_the_operators_have_fakes():
+def test_the_operators_have_fakes_and_flop_counts():
     inputs, layout, _ = draw([9, 5], (8, 8, 8), 4, 2, 1, 32, 5, torch.float32, 10)
+    with FlopCounterMode(display=False) as counter:
+        out = ssa_triton.attention(*inputs, layout, 3)
+        forward = counter.get_total_flops()
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+    n, nc, blocks = len(out), layout.num_compression_blocks, layout.counts.selection
+    assert forward == 2 * n * 2 * 32 * (3 * nc + 2 * (4 * n // blocks))
+    assert counter.get_total_flops() - forward == 2 * n * 2 * 32 * 5 * (nc + 4 * n // blocks)
     torch.library.opcheck(
         ssa_triton.ssa_forward,
         ssa_triton.operator_arguments(*inputs, layout, 3),
