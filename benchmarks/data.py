@@ -120,7 +120,8 @@ def main() -> None:
     rows = []
     # A fresh process a mesh: its peak of memory is that of this mesh alone.
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for row in pool.starmap(measure, jobs, chunksize=1):
+        for job in jobs:
+            row = pool.apply(measure, job)
             print(json.dumps(row), flush=True)
             rows.append(row)
     print(
