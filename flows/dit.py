@@ -87,6 +87,7 @@ def _train_structure(
         latents.digest,
         latents,
         provenance=provenance,
+        autoencoder=tracking.download_model(autoencoder, tracked.run.uri),
     )
     tags |= {"autoencoder": autoencoder}
     return models.reference(train_stage(job, tracked, workers, fresh, tags))
@@ -121,6 +122,7 @@ def _train_sparse(
         latents,
         start,
         {"dataset": dataset.digest, "autoencoder": autoencoder},
+        tracking.download_model(autoencoder, uri),
     )
     tags = {
         "dataset": dataset.name,

@@ -1,10 +1,6 @@
-"""One mesh file to a watertight PLY, outside a dataset: what `gigashape convert` runs.
-
-The work happens in a child process with limits of time and memory, as in a refresh.
-"""
+"""One mesh file to a watertight PLY, outside a dataset: the child's part of `gigashape convert`."""
 
 from collections.abc import Generator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,46 +8,29 @@ import numpy as np
 import torch
 
 from model.marching_cubes import marching_cubes
-from tasks.conversion import Conversion, convert
-from tasks.isolation import IsolatedFunction, Limits, Stage
+from tasks.conversion import convert
+from tasks.isolation import Stage
 from tasks.mesh import MeshRejectedError, normalise
 from tasks.mesh_io import read_mesh
 from tasks.storage import atomic_file, open_filesystem
 
+TETRAHEDRON = (
+    np.array([[-0.5, -0.5, -0.5], [0.5, 0.5, -0.5], [0.5, -0.5, 0.5], [-0.5, 0.5, 0.5]]),
+    np.array([[0, 1, 2], [0, 3, 1], [0, 2, 3], [1, 3, 2]]),
+)
 PLY_FACE = np.dtype([("count", "u1"), ("vertices", "<i4", 3)])
 
 
 def convert_file(
-    path: Path,
-    out: Path,
-    resolution: int,
-    engine: Literal["sparse", "mesh2sdf"],
-    limits: Limits,
-) -> dict[str, Any]:
-    """Convert a mesh file and write its watertight surface; return the facts of it.
-
-    The surface keeps the file's frame: its scale and position. seconds: from the parsed mesh to
-    band, watertight mesh, sharp and latent voxels. peak_bytes: of the whole child process,
-    libraries included. Raises MeshRejectedError for a mesh that can't be converted, and with the
-    reasons `crashed`, `time_limit`, `memory_limit` or `exception` for one that broke its child.
-    """
-    with IsolatedFunction(_convert, limits) as child:
-        outcome = child.run(path, out, resolution, engine)
-    if outcome.failure is not None:
-        raise MeshRejectedError(outcome.failure.reason, outcome.failure.detail)
-    (facts,) = outcome.values
-    if isinstance(facts, MeshRejectedError):
-        raise facts
-    return {
-        "seconds": round(outcome.seconds["convert"], 3),
-        "peak_bytes": outcome.peak_bytes,
-        **facts,
-    }
-
-
-def _convert(
     path: Path, out: Path, resolution: int, engine: Literal["sparse", "mesh2sdf"]
 ) -> Generator[Any, None, None]:
+    """Convert a mesh file and write its watertight surface, in the file's own frame.
+
+    Yields stages, `convert` being from the parsed mesh to band, sharp and latent voxels and the
+    watertight mesh; at last the facts of the conversion, or a MeshRejectedError.
+    """
+    yield Stage("compile")  # the kernels, at the first call on a machine: no part of `seconds`
+    convert(*TETRAHEDRON, 16, engine)
     try:
         yield Stage("load")
         mesh = read_mesh(path, path.parent)
@@ -68,21 +47,16 @@ def _convert(
     yield Stage("write")
     low, high = mesh.vertices.min(0), mesh.vertices.max(0)
     scale = np.ptp(mesh.vertices, axis=0).max() / np.ptp(vertices, axis=0).max()
-    write_ply(
-        surface.numpy().astype(np.float64) * scale + low + (high - low) / 2, faces.numpy(), out
-    )
-    yield _facts(replace(conversion, warnings=(*mesh.warnings, *conversion.warnings)))
-
-
-def _facts(conversion: Conversion) -> dict[str, Any]:
-    return {
-        "resolution": conversion.sdf.resolution,
-        "band_voxels": conversion.sdf.band_voxels,
-        "latent_voxels": len(conversion.sdf.blocks),
+    placed = surface.numpy().astype(np.float64) * scale + low + (high - low) / 2
+    write_ply(placed, faces.numpy(), out)
+    yield {
+        "resolution": resolution,
+        "band_voxels": sdf.band_voxels,
+        "latent_voxels": len(sdf.blocks),
         "parts_in": conversion.parts_in,
         "parts_out": conversion.parts_out,
         "closed": conversion.closed,
-        "warnings": list(conversion.warnings),
+        "warnings": [*mesh.warnings, *conversion.warnings],
     }
 
 

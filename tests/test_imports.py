@@ -27,7 +27,7 @@ HOMES = {
     "mlflow": ("tasks/tracking.py",),
     "triton": ("kernels/",),
     "spconv": ("model/convolution.py",),
-    **dict.fromkeys(("trimesh", "igl", "embreex", "mesh2sdf", "pyvista"), MESH_MODULES),
+    **dict.fromkeys(("trimesh", "igl", "embreex", "mesh2sdf"), MESH_MODULES),
 }
 
 
