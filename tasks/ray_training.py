@@ -139,10 +139,7 @@ def _train_worker(config: dict[str, Any]) -> TrainingResult | Exception:
         stage = build_stage(job.stage, job.preset, job.latents, job.start, job.provenance)
         stage = with_pictures(stage, job.autoencoder)
         loader = build_loader(job.stage, job.preset, job.samples, job.root, rank, world_size)
-    except ValueError as error:
-        return error
-    report = config["make_report"]() if rank == 0 else NoReport()
-    try:
+        report = config["make_report"]() if rank == 0 else NoReport()
         return train(
             stage,
             job.preset.training[job.stage],
@@ -153,7 +150,12 @@ def _train_worker(config: dict[str, Any]) -> TrainingResult | Exception:
             rank,
             world_size,
         )
-    except TrainingDivergedError as error:  # on all ranks alike
+    except (TrainingDivergedError, ValueError) as error:  # on all ranks alike
+        return error
+    except Exception as error:
+        # Other ranks may wait for this one: there Ray must end them, and may well try again.
+        if world_size > 1:
+            raise
         return error
 
 

@@ -59,7 +59,7 @@ def _reconstruction(module: nn.Module, batch: Batch, generator: Generator) -> di
     grid = batch.resolutions[0] // BLOCK
     decoded = module.vae.decode_chunked(latents, grid)
     parts = [_slice(coords, v, grid) for v in (values, decoded)]
-    return {"sdf: target, reconstruction": np.concatenate(parts, axis=1)}
+    return {"sdf target - reconstruction": np.concatenate(parts, axis=1)}
 
 
 def _occupancy(module: nn.Module, batch: Batch, generator: Generator) -> dict[str, np.ndarray]:
@@ -69,7 +69,7 @@ def _occupancy(module: nn.Module, batch: Batch, generator: Generator) -> dict[st
     target = dense_occupancy(batch.coords[batch.coords[:, 0] == 0], 1, module.config.grid)
     logits = module.vae.decode(module.vae.encode(target)[0])
     parts = [_see_through(v) for v in (target, logits.sigmoid())]
-    return {"voxels: target, reconstruction": np.concatenate(parts, axis=1)}
+    return {"voxels target - reconstruction": np.concatenate(parts, axis=1)}
 
 
 def _generation(
@@ -92,7 +92,7 @@ def _generation(
         for latents in (x0, made):
             decoded = vae.decode_chunked(latents.replace(module.denormalise(latents.feats)), grid)
             parts.append(_slice(batch.coords, decoded, grid))
-        return {"sdf: condition, latents, generated": np.concatenate(parts, axis=1)}
+        return {"sdf condition - latents - generated": np.concatenate(parts, axis=1)}
     dense = sample_euler(
         module.dit, noise_like(x0, generator), condition, None, EULER_STEPS, 1, SHIFT
     )
@@ -101,7 +101,7 @@ def _generation(
     for grid_latents in (x0, dense):
         logits = decoder.decode(module.denormalise(grid_latents))
         parts.append(_see_through(logits.sigmoid()))
-    return {"voxels: condition, latents, generated": np.concatenate(parts, axis=1)}
+    return {"voxels condition - latents - generated": np.concatenate(parts, axis=1)}
 
 
 def _first(batch: Batch) -> Batch:

@@ -102,7 +102,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
         )
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0, log.read_text()
-        gone, alive = psutil.wait_procs(children, timeout=20)
+        _, alive = psutil.wait_procs(children, timeout=20)
         assert not alive, f"Ctrl-C left {alive}"
     finally:
         if process.poll() is None:
