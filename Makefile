@@ -43,6 +43,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(HARDWARE),dev]'
+	$(BIN)/python -m tasks.asset_work
 	@touch $@
 
 clean:

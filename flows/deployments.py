@@ -63,7 +63,9 @@ def prepare_zombie_automation() -> None:
         ),
         actions=[
             ChangeFlowRunState(
+                name=None,
                 state=StateType.CRASHED,
+                force=False,
                 message="No heartbeat: the process or its machine is gone. Start it again; "
                 "finished work is kept.",
             )
@@ -72,7 +74,7 @@ def prepare_zombie_automation() -> None:
     try:
         Automation.read(name=ZOMBIE_AUTOMATION)
     except ValueError:
-        automation.create()
+        automation.create()  # type: ignore[unused-coroutine]  # one only where an event loop runs
 
 
 def clear_schedules(client: SyncPrefectClient) -> None:

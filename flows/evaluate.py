@@ -42,7 +42,7 @@ def evaluate(
     alias: str = models.CHAMPION,
     part: Part = "test",
     view: Annotated[int, Field(ge=-64, le=63)] = -1,
-    untrained: bool = False,
+    untrained: Annotated[int, Field(ge=0)] = 0,
     seed: Annotated[int, Field(ge=0)] = 0,
 ) -> dict[str, float]:
     """Score registered models: reconstruction against watertight and original meshes, generation.
@@ -59,7 +59,8 @@ def evaluate(
         alias: which registered models: champion or challenger.
         part: assets to score: test (held out), train, or all.
         view: picture that generation starts from; -1 is the one held out of training.
-        untrained: score the same models before any training too, under untrained/.
+        untrained: score the same models before any training too, under untrained/, on this many
+            of the assets.
         seed: of the noise that generation starts from.
     """
     sizes = load_preset(preset)
@@ -85,6 +86,7 @@ def evaluate(
             resolution = _finest(preset, subject)
             subset = [s for s in samples if s.resolution == resolution]
             for trained in (True, False) if untrained else (True,):
+                scored = subset if trained else subset[:untrained]
                 label = subject if trained else f"untrained-{subject}"
                 with Progress(label, "asset") as bar:
                     if subject == "reconstruction":
@@ -92,7 +94,7 @@ def evaluate(
                             score_reconstruction,
                             folders[stages_of(sizes)[0]],
                             sizes,
-                            subset,
+                            scored,
                             data,
                             trained,
                             update=bar.update,
@@ -102,7 +104,7 @@ def evaluate(
                             score_generation,
                             folders,
                             sizes,
-                            subset,
+                            scored,
                             data,
                             view,
                             seed,

@@ -53,7 +53,7 @@ def generate(
 
     Args:
         images: paths of pictures (PNG, JPEG, WebP); PNG and WebP with an alpha channel.
-        out: folder to write NAME.glb and NAME.png to.
+        out: folder to write NAME.glb and NAME-beside.png to.
         preset: the preset that the models were trained with.
         data: data folder that holds the model registry.
         alias: which registered models: champion or challenger.
@@ -89,7 +89,8 @@ def generate(
                 2,
                 ["picture", "generated"],
             )
-            picture.save(folder / f"{name}.png")
+            beside = folder / f"{name}-beside.png"
+            picture.save(beside)
             run.log_picture(name, picture)
             mesh = None
             if len(shape.faces):
@@ -98,7 +99,7 @@ def generate(
                 log_meshes(run, {"generated": (shape.vertices, shape.faces)}, "meshes", name)
             else:
                 logger.warning("%s: the models made no surface from this picture", image)
-            results.append(Generated(image, mesh, folder / f"{name}.png", len(shape.faces)))
+            results.append(Generated(image, mesh, beside, len(shape.faces)))
             rows.append(
                 {
                     "image": image,

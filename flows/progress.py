@@ -3,6 +3,7 @@
 import sys
 import time
 from types import TracebackType
+from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import FlowRunContext
@@ -23,12 +24,14 @@ class Progress:
             mininterval=0.2 if interactive else 5.0,
             file=sys.stderr,
         )
-        self.artifact = None
+        self.artifact: UUID | None = None
         self.artifact_at = time.monotonic()
         if FlowRunContext.get() is not None:
-            self.artifact = create_progress_artifact(
-                progress=0.0, key=name.replace("_", "-").lower(), description=f"{name}: {unit}s"
+            artifact = create_progress_artifact(
+                progress=0.0, key=name.lower(), description=f"{name}: {unit}s"
             )
+            assert isinstance(artifact, UUID)  # a coroutine only where an event loop runs
+            self.artifact = artifact
 
     def update(self, done: int, total: int, detail: str = "") -> None:
         """Set how many units are finished, of how many, and a short text shown beside them."""

@@ -44,7 +44,7 @@ def quickstart(data: str = "data", preset: str = "tiny") -> None:
         train_vae(preset=preset, data=data)
         vae = encode_latents(preset=preset, data=data)
         train_dit(preset=preset, data=data, vae=vae)
-        scores = evaluate(preset=preset, data=data, part="train", view=0, untrained=True)
+        scores = evaluate(preset=preset, data=data, part="train", view=0, untrained=4)
         image = _training_picture(data, sizes.data.held_out)
         (generated,) = generate([str(image)], out=str(image.parent), preset=preset, data=data)
         tracking_run.run.log_metrics({name: scores[name] for name in SHOWN})

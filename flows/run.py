@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -81,7 +81,7 @@ def publish(key: str, markdown: str) -> None:
     create_markdown_artifact(markdown, key=key)
 
 
-def markdown_table(rows: list[Mapping[str, object]]) -> str:
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
     """Return rows as a Markdown table; the columns are the first row's."""
     if not rows:
         return "(none)"

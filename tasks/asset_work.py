@@ -1,5 +1,7 @@
 """The work on one asset, in a child process under limits: read, normalise, render, convert.
 
+`python -m tasks.asset_work` compiles its kernels, as `make` does after an installation.
+
 Imports every mesh library and torch; `tasks.processing` names this module instead of importing it.
 """
 
@@ -13,7 +15,7 @@ from PIL import Image
 
 from tasks.conversion import CONVERSION_VERSION, convert
 from tasks.isolation import Stage
-from tasks.mesh import MeshRejectedError, normalise
+from tasks.mesh import Mesh, MeshRejectedError, normalise
 from tasks.processing import Converted, Job, Prepared, Rejected, Settings
 from tasks.rendering import View, render_views
 from tasks.shards import StoredView
@@ -74,3 +76,18 @@ def _stored(view: View) -> StoredView:
     png = BytesIO()
     Image.fromarray(view.image).save(png, "PNG")
     return StoredView(png.getvalue(), view.camera_to_world, view.fov)
+
+
+def compile_kernels() -> None:
+    """Compile the numba kernels into their cache on disk: half a minute, once a machine."""
+    corners = np.array([[-1.0, -1, -1], [1, 1, -1], [1, -1, 1], [-1, 1, 1]])
+    faces = np.array([[0, 1, 2], [0, 3, 1], [0, 2, 3], [1, 3, 2]])
+    # A solid with an open sheet beside it takes every path.
+    vertices = normalise(np.concatenate([corners, corners[:3] + [3, 0, 0]]))
+    faces = np.concatenate([faces, [[4, 5, 6]]])
+    render_views(Mesh(vertices, faces, face_material=np.zeros(5, np.int32)), 1, 16, 0)
+    convert(vertices, faces, 32)
+
+
+if __name__ == "__main__":
+    compile_kernels()

@@ -8,16 +8,13 @@ import numpy as np
 import torch
 
 from model.marching_cubes import marching_cubes
+from tasks.asset_work import compile_kernels
 from tasks.conversion import convert
 from tasks.isolation import Stage
 from tasks.mesh import MeshRejectedError, normalise
 from tasks.mesh_io import read_mesh
 from tasks.storage import atomic_file, open_filesystem
 
-TETRAHEDRON = (
-    np.array([[-0.5, -0.5, -0.5], [0.5, 0.5, -0.5], [0.5, -0.5, 0.5], [-0.5, 0.5, 0.5]]),
-    np.array([[0, 1, 2], [0, 3, 1], [0, 2, 3], [1, 3, 2]]),
-)
 PLY_FACE = np.dtype([("count", "u1"), ("vertices", "<i4", 3)])
 
 
@@ -30,7 +27,7 @@ def convert_file(
     watertight mesh; at last the facts of the conversion, or a MeshRejectedError.
     """
     yield Stage("compile")  # the kernels, at the first call on a machine: no part of `seconds`
-    convert(*TETRAHEDRON, 16, engine)
+    compile_kernels()
     try:
         yield Stage("load")
         mesh = read_mesh(path, path.parent)

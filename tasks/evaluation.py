@@ -160,7 +160,7 @@ def evaluate_generation(
         progress(done, len(chosen), sample.asset_id[:8])
         sdf = read_sdf(filesystem, f"{base}/{sample.path}", sample.row_group)
         image = read_image(filesystem, f"{base}/{sample.views_path}", sample.views_row_group, view)
-        rgba = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+        rgba = torch.tensor(image).permute(2, 0, 1).float() / 255
         (shape,) = generate(models, rgba[None], seed)
         watertight, result = watertight_surface(sdf), (shape.vertices, shape.faces)
         scores = score_pair("generation", result, watertight, sample.resolution, config)

@@ -251,7 +251,7 @@ def read_picture(path: Path, size: int, remover: str | None = None) -> Tensor:
             f"{path} has no transparent pixel, so where its object is isn't known: give a picture "
             "with an alpha channel, or name a background remover (rembg, from the extra `matting`)"
         )
-    return torch.from_numpy(frame_object(pixels, size)).permute(2, 0, 1).float() / 255
+    return torch.tensor(frame_object(pixels, size)).permute(2, 0, 1).float() / 255
 
 
 def remove_background(image: Image.Image, remover: str) -> Image.Image:

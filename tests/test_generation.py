@@ -1,0 +1,106 @@
+"""Pictures to meshes: framing, the hand-over between resolutions, and what untrained models do."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from model.sdf import BLOCK, voxel_centres
+from tasks.generation import (
+    ImageRejectedError,
+    frame_object,
+    generate,
+    read_picture,
+    surface_cells,
+    untrained_models,
+)
+from tasks.presets import load_preset
+
+PRESET = Path(__file__).parent / "minute.toml"
+
+
+def closest(points: np.ndarray, triangle: np.ndarray, samples: int = 60) -> np.ndarray:
+    """Distances of points to a densely sampled triangle: an upper bound, tight to its spacing."""
+    u, v = np.meshgrid(*[np.linspace(0, 1, samples)] * 2)
+    inside = u + v <= 1
+    a, b, c = triangle
+    on = a + u[inside, None] * (b - a) + v[inside, None] * (c - a)
+    return np.sqrt(((points[:, None] - on) ** 2).sum(-1).min(1))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.floats(-0.9, 0.9), min_size=9, max_size=9))
+def test_surface_cells_are_the_blocks_within_two_voxels(values: list[float]) -> None:
+    resolution = 32
+    triangle = np.array(values).reshape(3, 3)
+    cells = surface_cells(triangle, np.array([[0, 1, 2]]), resolution)
+    side = resolution // BLOCK
+    grid = np.stack(np.meshgrid(*[np.arange(resolution)] * 3, indexing="ij"), -1)
+    distance = closest(voxel_centres(grid.reshape(-1, 3), resolution), triangle)
+    blocks = distance.reshape(side, BLOCK, side, BLOCK, side, BLOCK).min((1, 3, 5))
+    found = np.zeros((side, side, side), bool)
+    found[tuple(cells.numpy().T)] = True
+    spacing = 1.9 * 2 / 60  # the sampled triangle's, by which `closest` may be too large
+    assert found[blocks < 4 / resolution - 1e-9].all()
+    assert not found[blocks > 4 / resolution + spacing].any()
+
+
+def test_surface_cells_of_nothing() -> None:
+    assert surface_cells(np.zeros((0, 3)), np.zeros((0, 3), np.int64), 64).shape == (0, 3)
+
+
+def test_frame_object_centres_and_keeps_proportions() -> None:
+    pixels = np.zeros((100, 300, 4), np.uint8)
+    pixels[10:30, 200:280] = (255, 0, 0, 255)
+    framed = frame_object(pixels, 64)
+    rows, columns = np.nonzero(framed[..., 3] > 127)
+    assert framed.shape == (64, 64, 4)
+    assert abs(rows.min() + rows.max() - 63) <= 2
+    assert abs(columns.min() + columns.max() - 63) <= 2
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    assert width / height == pytest.approx(4, rel=0.1)
+    assert width == pytest.approx(0.95 * 64, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p.write_bytes(b"no picture"), "can't be read"),
+        (lambda p: Image.new("RGB", (8, 8)).save(p), "no transparent pixel"),
+        (lambda p: Image.new("RGBA", (8, 8)).save(p), "shows no object"),
+    ],
+)
+def test_pictures_that_cannot_be_conditions(tmp_path: Path, make, message: str) -> None:
+    path = tmp_path / "picture.png"
+    make(path)
+    with pytest.raises(ImageRejectedError, match=message):
+        read_picture(path, 32)
+
+
+def test_a_missing_background_remover_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(path)
+    with pytest.raises(ImageRejectedError, match=r"gigashape\[matting\]"):
+        read_picture(path, 32, "rembg")
+
+
+def test_generation_is_a_function_of_picture_and_seed() -> None:
+    preset = load_preset(str(PRESET))
+    models = untrained_models(preset, torch.device("cpu"))
+    rgba = torch.rand(2, 4, 28, 28, generator=torch.Generator().manual_seed(0))
+    rgba[:, 3] = 1
+    first, again, other = (generate(models, rgba, seed) for seed in (1, 1, 2))
+    assert len(first) == 2
+    for a, b in zip(first, again, strict=True):
+        assert np.array_equal(a.vertices, b.vertices)
+        assert np.array_equal(a.faces, b.faces)
+    counts = [shape.latent_voxels[32] for shapes in (first, other) for shape in shapes]
+    assert max(counts) > 0
+    assert any(
+        a.vertices.shape != b.vertices.shape or not np.array_equal(a.vertices, b.vertices)
+        for a, b in zip(first, other, strict=True)
+    )
