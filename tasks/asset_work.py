@@ -83,7 +83,8 @@ def compile_kernels() -> None:
     corners = np.array([[-1.0, -1, -1], [1, 1, -1], [1, -1, 1], [-1, 1, 1]])
     faces = np.array([[0, 1, 2], [0, 3, 1], [0, 2, 3], [1, 3, 2]])
     # A solid with an open sheet beside it takes every path.
-    vertices = normalise(np.concatenate([corners, corners[:3] + [3, 0, 0]]))
+    sheet = corners[:3] + np.array([3.0, 0, 0])
+    vertices = normalise(np.concatenate([corners, sheet]))
     faces = np.concatenate([faces, [[4, 5, 6]]])
     render_views(Mesh(vertices, faces, face_material=np.zeros(5, np.int32)), 1, 16, 0)
     convert(vertices, faces, 32)
