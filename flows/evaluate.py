@@ -28,6 +28,7 @@ from tasks.tracking import ModelVersion, Run
 
 logger = logging.getLogger(__name__)
 
+SHEET_ASSETS = 2  # in a row of the sheet
 SHOWN_ASSETS = 8  # with a viewer and .glb files each
 Subject = Literal["reconstruction", "generation"]
 Part = Literal["train", "test", "all"]
@@ -166,6 +167,7 @@ def log_results(run: Run, label: str, results: Sequence[Scored]) -> None:
     run.log_table(rows, f"{label}/assets")
     pictures = [picture for r in results for picture in r.pictures.values()]
     labels = [name for r in results for name in r.pictures]
-    run.log_picture(f"{label}/pictures", contact_sheet(pictures, len(results[0].pictures), labels))
+    columns = SHEET_ASSETS * len(results[0].pictures)
+    run.log_picture(f"{label}/pictures", contact_sheet(pictures, columns, labels))
     for result in results[:SHOWN_ASSETS]:
         log_meshes(run, result.meshes, label, result.asset_id[:12])

@@ -57,8 +57,8 @@ def quickstart(data: str = "data", preset: str = "tiny") -> None:
             "score                                                      trained  untrained",
         ]
         for name, label in SHOWN.items():
-            before = scores.get(f"untrained/{name}")
-            untrained = "" if before is None else f"{before:9.3f}"
+            before = scores[f"untrained/{name}"]
+            untrained = "" if name.startswith("conversion") else f"{before:9.3f}"
             lines.append(f"{label:58} {scores[name]:7.3f}  {untrained}")
         lines += ["", "MLflow runs (experiment / run)"]
         lines += [f"  {child.experiment} / {child.name}" for child in tracking_run.children]

@@ -108,7 +108,12 @@ def refresh_dataset(
             emit_event(
                 "gigashape.dataset.drifted",
                 {"prefect.resource.id": f"gigashape.dataset.{report.version.digest[:12]}"},
-                payload={"changed_share": report.changed_share, "version": report.version.number},
+                payload={
+                    "changed_share": report.changed_share,
+                    "version": report.version.number,
+                    "preset": preset,
+                    "data": data,
+                },
             )
         return Refreshed(
             report.version.number,

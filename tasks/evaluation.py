@@ -6,11 +6,12 @@ any network, against the original mesh. Distances are in the [-1, 1] frame.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from model.marching_cubes import marching_cubes
@@ -167,8 +168,9 @@ def evaluate_generation(
         scores["generation/latent_voxels"] = float(shape.latent_voxels[min(shape.latent_voxels)])
         shown = {"watertight": watertight, "generated": result}
         scored = _scored(sample, scores, shown, config)
-        scored.pictures["condition"] = image
-        results.append(scored)
+        larger = Image.fromarray(image).resize((config.picture_size, config.picture_size))
+        pictures = {"condition": np.asarray(larger), **scored.pictures}
+        results.append(replace(scored, pictures=pictures))
     progress(len(chosen), len(chosen), "")
     return results
 

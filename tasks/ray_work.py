@@ -114,6 +114,10 @@ def session(workers: int = 0, address: str | None = None) -> Iterator[int]:
     if started:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        if not (address or os.environ.get("RAY_ADDRESS")):
+            # Ray Train's watcher of machines that a cloud takes back: none here, and it costs
+            # every training the start of a process.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         local: dict[str, Any] = {
             "num_cpus": workers or len(os.sched_getaffinity(0)),
             "include_dashboard": False,

@@ -109,7 +109,20 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.timeout(420)
+def wait_for_run(services: Services, flow: str) -> str:
+    """Return the last state of the newest run of a flow."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        query = {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_DESC", "limit": 1}
+        runs = services.post("flow_runs/filter", query)
+        states = [str(run["state_type"]) for run in runs if run["start_time"]]
+        if states and states[0] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+            return states[0]
+        time.sleep(1)
+    return "none after 240 s"
+
+
+@pytest.mark.timeout(600)
 def test_deployments_run_to_completion(services: Services) -> None:
     # Twice: deploying again must change nothing and double nothing.
     for _ in range(2):
@@ -134,6 +147,8 @@ def test_deployments_run_to_completion(services: Services) -> None:
     )
     assert refreshed.returncode == 0, refreshed.stdout + refreshed.stderr
 
+    # Everything in the first version is new, which triggers a retraining by itself.
+    assert wait_for_run(services, "retrain") == "COMPLETED"
     retrained = services.prefect(
         *("deployment", "run", "retrain/default", "--watch"),
         *("--params", json.dumps(parameters)),

@@ -23,7 +23,7 @@ from tasks.presets import load_preset
 PRESET = Path(__file__).parent / "minute.toml"
 
 
-def closest(points: np.ndarray, triangle: np.ndarray, samples: int = 60) -> np.ndarray:
+def closest(points: np.ndarray, triangle: np.ndarray, samples: int = 40) -> np.ndarray:
     """Distances of points to a densely sampled triangle: an upper bound, tight to its spacing."""
     u, v = np.meshgrid(*[np.linspace(0, 1, samples)] * 2)
     inside = u + v <= 1
@@ -32,10 +32,10 @@ def closest(points: np.ndarray, triangle: np.ndarray, samples: int = 60) -> np.n
     return np.sqrt(((points[:, None] - on) ** 2).sum(-1).min(1))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(st.floats(-0.9, 0.9), min_size=9, max_size=9))
 def test_surface_cells_are_the_blocks_within_two_voxels(values: list[float]) -> None:
-    resolution = 32
+    resolution = 24
     triangle = np.array(values).reshape(3, 3)
     cells = surface_cells(triangle, np.array([[0, 1, 2]]), resolution)
     side = resolution // BLOCK
@@ -44,7 +44,7 @@ def test_surface_cells_are_the_blocks_within_two_voxels(values: list[float]) -> 
     blocks = distance.reshape(side, BLOCK, side, BLOCK, side, BLOCK).min((1, 3, 5))
     found = np.zeros((side, side, side), bool)
     found[tuple(cells.numpy().T)] = True
-    spacing = 1.9 * 2 / 60  # the sampled triangle's, by which `closest` may be too large
+    spacing = 1.9 * 2 / 40  # the sampled triangle's, by which `closest` may be too large
     assert found[blocks < 4 / resolution - 1e-9].all()
     assert not found[blocks > 4 / resolution + spacing].any()
 
@@ -98,9 +98,5 @@ def test_generation_is_a_function_of_picture_and_seed() -> None:
     for a, b in zip(first, again, strict=True):
         assert np.array_equal(a.vertices, b.vertices)
         assert np.array_equal(a.faces, b.faces)
-    counts = [shape.latent_voxels[32] for shapes in (first, other) for shape in shapes]
-    assert max(counts) > 0
-    assert any(
-        a.vertices.shape != b.vertices.shape or not np.array_equal(a.vertices, b.vertices)
-        for a, b in zip(first, other, strict=True)
-    )
+    assert any(shape.latent_voxels[32] for shape in first)
+    assert [shape.latent_voxels for shape in first] != [shape.latent_voxels for shape in other]

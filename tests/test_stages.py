@@ -212,7 +212,7 @@ def test_random_chunks_hold_a_part_of_every_sample(workshop):
 
 def test_a_chunk_is_decoded_as_in_the_whole(workshop, monkeypatch):
     """The loss over one chunk is that of the same voxels decoded with all the others."""
-    preset = load_preset("tiny", {"vae.lambda_kl": 0.0})
+    preset = load_preset("tiny", {"vae.lambda_kl": 0.0, "training.vae.token_budget": 1024})
     batch = next(iter(build_loader("vae", preset, workshop.samples[-1:], workshop.root)))
     module = build_module("vae", preset)
     monkeypatch.setattr(stages, "sample_latent", lambda mean, logvar, generator: mean)
@@ -243,7 +243,14 @@ def dino_folder(tmp_path_factory):
 
 
 def dino_preset(path) -> Preset:
-    encoder = {"kind": "dinov2", "image_size": 28, "width": 32, "blocks": 2, "heads": 2}
+    encoder = {
+        "kind": "dinov2",
+        "image_size": 28,
+        "patch": 14,
+        "width": 32,
+        "blocks": 2,
+        "heads": 2,
+    }
     encoder |= {"path": str(path), "name": "nobody/nothing"}
     return load_preset("tiny", {f"encoder.{k}": v for k, v in encoder.items()})
 
