@@ -4,6 +4,7 @@ Running it again is safe: it brings a server to what prefect.yaml says, schedule
 from the file included.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 POOL = "gigashape"
@@ -30,9 +31,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 def prepare_pool(client: SyncPrefectClient) -> None:
     """Create the process work pool and its queues, and set the queues' limits."""
-    try:
-        client.read_work_pool(POOL)
-    except ObjectNotFound:
+    # A worker that starts at this moment creates it too.
+    with contextlib.suppress(ObjectAlreadyExists):
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
     for queue, limit in QUEUES.items():
         try:
@@ -72,9 +72,10 @@ def prepare_zombie_automation() -> None:
         ],
     )
     try:
-        Automation.read(name=ZOMBIE_AUTOMATION)
+        # Coroutines only where an event loop runs, and none does here.
+        Automation.read(name=ZOMBIE_AUTOMATION)  # type: ignore[unused-coroutine]
     except ValueError:
-        automation.create()  # type: ignore[unused-coroutine]  # one only where an event loop runs
+        automation.create()
 
 
 def clear_schedules(client: SyncPrefectClient) -> None:

@@ -50,7 +50,13 @@ def _encode(
 ) -> None:
     module = load_module(folder)
     assert isinstance(module, VAEModule | StructureVAEModule)
-    encode_latents(latent_encoder(module, root, device), samples, root, digest, progress)
+    encode_latents(
+        latent_encoder(module, root, device),
+        samples,
+        root,
+        digest,
+        lambda done, total: progress(done, total, ""),
+    )
 
 
 def structure_resolution(preset: Preset) -> int:

@@ -101,7 +101,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
             f"http://127.0.0.1:{mlflow_port}",
         )
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0, log.read_text()
+        assert process.wait(120) == 0, log.read_text()
         _, alive = psutil.wait_procs(children, timeout=20)
         assert not alive, f"Ctrl-C left {alive}"
     finally:
