@@ -1,4 +1,4 @@
-# make quickstart | test | ui | deploy | lint | format | constraints | clean
+# make quickstart | test | ui | deploy | lint | format | clean
 # Each target makes its own virtual environment first. DATA=folder chooses where results go.
 
 VENV ?= .venv
@@ -15,7 +15,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart test ui deploy lint format constraints clean
+.PHONY: quickstart test ui deploy lint format clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/gigashape quickstart --data $(DATA)
