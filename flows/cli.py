@@ -5,6 +5,7 @@ Each flow's command takes the flow's own parameters; their help is the flow's do
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from types import UnionType
@@ -27,6 +28,13 @@ COMMANDS = {
     "deploy": ("flows.deployments", "deploy"),
     "ui": ("flows.ui", "serve_ui"),
 }
+ENVIRONMENT = {
+    # Nothing that we run calls home.
+    "DO_NOT_TRACK": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # A temporary server needs half a minute on two busy cores.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+}
 ARGUMENTS = ("images",)  # the flows' parameters that the shell gives without a name
 
 
@@ -38,6 +46,8 @@ def main() -> None:
         pretty_exceptions_enable=False,
     )
     app.callback()(lambda: None)  # or else a lone command would lose its name
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     for name in [wanted] if wanted in COMMANDS else COMMANDS:
         module, function = COMMANDS[name]
