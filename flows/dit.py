@@ -6,7 +6,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import Tracked, tracked
+from flows.run import Tracked, data_root, tracked
 from flows.stages import train_stage
 from tasks import models, tracking
 from tasks.catalogue import DatasetVersion, open_version
@@ -44,6 +44,7 @@ def train_dit(
         workers: processes that train together, a GPU each where there are GPUs.
         fresh: train from the start, even where this was done or begun before.
     """
+    data = data_root(data)
     sizes = load_preset(preset)
     known = ["structure", *sizes.dit_stages()]
     wanted = stages or known

@@ -8,7 +8,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import log_meshes, markdown_table, publish, tracked
+from flows.run import data_root, log_meshes, markdown_table, publish, tracked
 from tasks import models, tracking
 from tasks.catalogue import open_version
 from tasks.dataset import log_dataset, samples_of
@@ -64,6 +64,7 @@ def evaluate(
             of the assets.
         seed: of the noise that generation starts from.
     """
+    data = data_root(data)
     sizes = load_preset(preset)
     dataset = open_version(data, version)
     uri = tracking.tracking_uri(data)

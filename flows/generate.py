@@ -13,7 +13,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import log_meshes, markdown_table, publish, tracked
+from flows.run import data_root, log_meshes, markdown_table, publish, tracked
 from tasks import models, tracking
 from tasks.generation import Shape, load_models, read_picture
 from tasks.generation import generate as generate_shapes
@@ -60,6 +60,7 @@ def generate(
         seed: of the noise; the same seed gives the same mesh.
         background_remover: for pictures without alpha: rembg, from the extra `matting`.
     """
+    data = data_root(data)
     sizes = load_preset(preset)
     uri = tracking.tracking_uri(data)
     names = [Path(image).stem for image in images]

@@ -7,7 +7,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import markdown_table, publish, tracked
+from flows.run import data_root, markdown_table, publish, tracked
 from tasks import models, tracking
 from tasks.catalogue import open_version
 from tasks.dataset import log_dataset
@@ -37,6 +37,7 @@ def encode_latents(
         vae: registered VAE, such as gigashape-vae@champion or gigashape-vae/3; None takes the
             champion.
     """
+    data = data_root(data)
     sizes = load_preset(preset)
     dataset = open_version(data, version)
     uri = tracking.tracking_uri(data)

@@ -11,7 +11,7 @@ from flows.evaluate import evaluate
 from flows.generate import generate
 from flows.latents import encode_latents
 from flows.refresh import refresh_dataset
-from flows.run import tracked
+from flows.run import data_root, tracked
 from flows.vae import train_vae
 from tasks.catalogue import open_version
 from tasks.dataset import samples_of
@@ -37,6 +37,7 @@ def quickstart(data: str = "data", preset: str = "tiny") -> None:
         data: data folder; a second quickstart on it reuses what did not change.
         preset: tiny, small, paper, or the path of a .toml file.
     """
+    data = data_root(data)
     sizes = load_preset(preset)
     with tracked("quickstart", "quickstart", data, {"preset": sizes}) as tracking_run:
         refreshed = refresh_dataset(preset=preset, data=data)
@@ -79,7 +80,7 @@ def _training_picture(data: str, held_out: float) -> Path:
     sample = training[0]
     filesystem, base = open_filesystem(data)
     image = read_image(filesystem, f"{base}/{sample.views_path}", sample.views_row_group, 0)
-    folder = Path(data).resolve() / "quickstart"
+    folder = Path(data) / "quickstart"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"input-{sample.asset_id[:8]}.png"
     Image.fromarray(image).save(path)

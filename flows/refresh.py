@@ -9,7 +9,7 @@ from prefect.events import emit_event
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import markdown_table, publish, tracked
+from flows.run import data_root, markdown_table, publish, tracked
 from tasks.dataset import log_summary
 from tasks.presets import load_preset
 from tasks.refresh import RefreshConfig, plan_refresh, refresh
@@ -68,6 +68,7 @@ def refresh_dataset(
         retrain_share: share of changed rows from which on `retrain` is triggered, above 0 to 1.
         licences: only assets under these licences, as the source names them; None takes all.
     """
+    data = data_root(data)
     sizes = load_preset(preset)
     config = RefreshConfig(
         root=data,

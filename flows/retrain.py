@@ -10,7 +10,7 @@ from flows.dit import train_dit
 from flows.evaluate import Subject, evaluate
 from flows.latents import encode_latents
 from flows.refresh import refresh_dataset
-from flows.run import Tracked, markdown_table, publish, tracked
+from flows.run import Tracked, data_root, markdown_table, publish, tracked
 from flows.vae import train_vae
 from tasks import models, tracking
 from tasks.generation import stages_of
@@ -46,6 +46,7 @@ def retrain(
         workers: processes that train together, a GPU each where there are GPUs.
         min_gain: how much better a score must be for a promotion, 0 to 1.
     """
+    data = data_root(data)
     sizes = load_preset(preset)
     if not sizes.data.held_out:
         raise ValueError(

@@ -37,6 +37,11 @@ class Tracked:
 _parent: ContextVar[Tracked | None] = ContextVar("parent", default=None)
 
 
+def data_root(data: str) -> str:
+    """Return the data folder as an absolute path: Ray's workers run in folders of their own."""
+    return data if "://" in data else str(Path(data).resolve())
+
+
 @contextmanager
 def tracked(
     experiment: str,

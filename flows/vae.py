@@ -5,7 +5,7 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
-from flows.run import tracked
+from flows.run import data_root, tracked
 from flows.stages import train_stage
 from tasks import models, tracking
 from tasks.catalogue import open_version
@@ -34,6 +34,7 @@ def train_vae(
         workers: processes that train together, a GPU each where there are GPUs.
         fresh: train from the start, even where this was done or begun before.
     """
+    data = data_root(data)
     sizes = load_preset(preset)
     dataset = open_version(data, version)
     samples = tuple(samples_of(dataset))

@@ -48,6 +48,11 @@ def tracking_uri(data: Path | str) -> str:
     """Return the store of a data folder: MLFLOW_TRACKING_URI, else SQLite in that folder."""
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri
+    if "://" in str(data):
+        raise ValueError(
+            f"the data folder is {data}, where MLflow's SQLite can't be: set MLFLOW_TRACKING_URI to "
+            "a server"
+        )
     folder = Path(data).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder / 'mlflow.db'}"
