@@ -50,8 +50,8 @@ def tracking_uri(data: Path | str) -> str:
         return uri
     if "://" in str(data):
         raise ValueError(
-            f"the data folder is {data}, where MLflow's SQLite can't be: set MLFLOW_TRACKING_URI to "
-            "a server"
+            f"the data folder is {data}, where MLflow's SQLite can't be: set MLFLOW_TRACKING_URI "
+            "to a server"
         )
     folder = Path(data).resolve()
     folder.mkdir(parents=True, exist_ok=True)
