@@ -50,7 +50,7 @@ class Services:
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, env=self.environment, cwd=PROJECT, capture_output=True, text=True, timeout=400
+            command, env=self.environment, cwd=PROJECT, capture_output=True, text=True, timeout=600
         )
 
     def post(self, path: str, body: dict[str, object]) -> list[dict[str, object]]:
@@ -111,7 +111,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
 
 def wait_for_run(services: Services, flow: str) -> str:
     """Return the state in which the first run of a flow to end has ended."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         query = {
             "flows": {"name": {"any_": [flow]}},
@@ -122,10 +122,10 @@ def wait_for_run(services: Services, flow: str) -> str:
         if ended := services.post("flow_runs/filter", query):
             return str(ended[0]["state_type"])
         time.sleep(1)
-    return "none after 240 s"
+    return "none after 400 s"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_deployments_run_to_completion(services: Services) -> None:
     # Twice: deploying again must change nothing and double nothing.
     for _ in range(2):
