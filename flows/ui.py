@@ -96,8 +96,10 @@ def serve_ui(
         processes.append(process)
         return process
 
-    # SIGTERM (a service manager's stop) ends like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGTERM (a service manager's stop) ends like Ctrl-C, and a shell that starts us in the
+    # background has made us ignore SIGINT.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     try:
         server = start(
             "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(prefect_port)
