@@ -1,10 +1,14 @@
-"""Marching cubes over blocks of 8^3 signed distances: plain torch, never a dense grid."""
+"""Marching cubes over blocks of 8^3 signed distances, never a dense grid.
+
+Two paths, one result: compiled on the CPU (`model/marching_cubes_cpu.py`), plain torch elsewhere.
+"""
 
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from model.marching_cubes_cpu import surface
 from model.sdf import BLOCK
 
 # A cell's corner c sits at (c & 1, c >> 1 & 1, c >> 2); an edge joins two corners that differ in
@@ -29,44 +33,55 @@ def marching_cubes(blocks: Tensor, values: Tensor, resolution: int) -> tuple[Ten
     has exactly two faces that run through it in opposite directions, wherever all cells that it
     crosses are known. No surface gives empty tensors.
     """
-    device = values.device
-    blocks = blocks.to(device).long()
-    keys, order = _block_keys(blocks, resolution).sort()
+    blocks, values = blocks.to(values.device).long(), values.float()
+    order = _block_keys(blocks, resolution).argsort()
     blocks = blocks[order]
-    if not torch.equal(order, torch.arange(len(order), device=device)):
+    if not torch.equal(order, torch.arange(len(order), device=values.device)):
         values = values[order]
-    triangle_edges, triangle_count = (table.to(device) for table in _case_tables())
-    corner_pairs = torch.tensor([(a, b) for a, b, _ in EDGES], device=device)
-    # Offset of an edge's key from that of its cell: a key is 3 * voxel + axis.
-    edge_offset = torch.tensor(
-        [
-            3 * (((a & 1) * resolution + (a >> 1 & 1)) * resolution + (a >> 2)) + axis
-            for a, _, axis in EDGES
-        ],
-        device=device,
+    if values.device.type != "cpu":
+        return surface_by_torch(blocks, values, resolution)
+    tables = (torch.tensor(EDGES), *_case_tables())
+    vertices, faces = surface(
+        blocks.numpy(),
+        values.detach().contiguous().numpy(),
+        resolution,
+        END_MARGIN,
+        *(table.numpy() for table in tables),
     )
+    return torch.from_numpy(vertices), torch.from_numpy(faces)
+
+
+def surface_by_torch(blocks: Tensor, values: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
+    """Return what `marching_cubes` does, for sorted blocks [B, 3] int64 and float32 values.
+
+    Vertices are ordered by block, voxel and axis, faces by block and cell.
+    """
+    device = values.device
+    keys = _block_keys(blocks, resolution)
+    triangle_edges, triangle_count = (table.to(device) for table in _case_tables())
+    edges = torch.tensor(EDGES, device=device)
     edge_keys, fractions = [], []
     for start in range(0, len(blocks), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        cells, cases, corners = _active_cells(keys, values, blocks[chunk], resolution)
+        voxels, cases, corners = _active_cells(
+            keys, values, blocks[start : start + CHUNK], resolution
+        )
         count = triangle_count[cases]
         cell_of = torch.repeat_interleave(torch.arange(len(cases), device=device), count)
         place = torch.arange(len(cell_of), device=device) - (count.cumsum(0) - count)[cell_of]
-        edges = triangle_edges[cases[cell_of], place]  # [T, 3] in 0..11
-        ends = corners[cell_of[:, None, None], corner_pairs[edges]]  # [T, 3, 2]
-        edge_keys.append(cells[cell_of, None] + edge_offset[edges])
+        edge = edges[triangle_edges[cases[cell_of], place]]  # [T, 3, 3]: corner, corner, axis
+        ends = corners[cell_of[:, None, None], edge[..., :2]].double()
+        edge_keys.append(3 * voxels[cell_of[:, None], edge[..., 0]] + edge[..., 2])
         fractions.append(ends[..., 0] / (ends[..., 0] - ends[..., 1]))
     if not edge_keys:
-        edge_keys, fractions = [keys.new_zeros((0, 3))], [values.new_zeros((0, 3))]
+        return values.new_zeros((0, 3)), keys.new_zeros((0, 3))
     unique, faces = torch.unique(torch.cat(edge_keys), return_inverse=True)
-    fraction = values.new_zeros(len(unique))
+    fraction = values.new_zeros(len(unique), dtype=torch.float64)
     # Cells that share an edge computed the same fraction: which of them is kept does not matter.
     fraction[faces.reshape(-1)] = torch.cat(fractions).reshape(-1)
     voxel, axis = unique // 3, unique % 3
-    vertices = torch.stack(
-        [voxel // resolution**2, voxel // resolution % resolution, voxel % resolution], 1
-    ).double()
-    along = fraction.double().clamp(END_MARGIN, 1 - END_MARGIN)
+    inner = torch.stack([voxel >> 6 & 7, voxel >> 3 & 7, voxel & 7], 1)
+    vertices = (blocks[voxel >> 9] * BLOCK + inner).double()
+    along = fraction.clamp(END_MARGIN, 1 - END_MARGIN)
     vertices.scatter_add_(1, axis[:, None], along[:, None])
     return ((2 * vertices + 1) / resolution - 1).float(), faces
 
@@ -81,8 +96,8 @@ def _active_cells(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the cells of `blocks`, some of those that `keys` and `values` hold, that are crossed.
 
-    Returns 3 * voxel index [C] int64, case [C] int64 (bit c: corner c inside) and the corner
-    values [C, 8].
+    Returns the voxel of each corner [C, 8] int64 (512 * row of its block + place in it), the case
+    [C] int64 (bit c: corner c inside) and the corners' values [C, 8].
     """
     device = values.device
     rows = torch.empty((len(blocks), 8), dtype=torch.int64, device=device)
@@ -111,9 +126,12 @@ def _active_cells(
     corners = torch.stack(
         [padded[row, i + (c & 1), j + (c >> 1 & 1), k + (c >> 2)] for c in range(8)], 1
     )
-    x, y, z = (blocks[row] * BLOCK + torch.stack([i, j, k], 1)).unbind(1)
-    cell = (x * resolution + y) * resolution + z
-    return 3 * cell, case[row, i, j, k].long(), corners
+    voxels = torch.empty(corners.shape, dtype=torch.int64, device=device)
+    for c in range(8):
+        x, y, z = i + (c & 1), j + (c >> 1 & 1), k + (c >> 2)
+        owner = rows[row, (x >> 3) | (y >> 3) << 1 | (z >> 3) << 2]
+        voxels[:, c] = owner * BLOCK**3 + ((x & 7) << 6 | (y & 7) << 3 | (z & 7))
+    return voxels, case[row, i, j, k].long(), corners
 
 
 @cache

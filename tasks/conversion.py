@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from model.compiled import compiled
 from model.marching_cubes import marching_cubes
 from model.sdf import BLOCK, SHAPE_SCALE, SparseSDF
 from tasks.mesh import MeshRejectedError
@@ -77,7 +78,7 @@ def convert(
         raise MeshRejectedError(
             "no_surface", f"nothing of the mesh is larger than a voxel at resolution {resolution}"
         )
-    closed = _closed(triangles, len(surface))
+    closed = bool(closed_and_oriented(triangles.numpy(), len(surface)))
     if not closed:
         warnings.append("open: the surface of the band is not closed")
     if parts_out < parts_in:
@@ -85,9 +86,29 @@ def convert(
     return Conversion(sdf, parts_in, parts_out, closed, method, confidence, tuple(warnings))
 
 
-def _closed(faces: torch.Tensor, vertex_count: int) -> bool:
-    ahead = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
-    keys = (ahead[:, 0] * vertex_count + ahead[:, 1]).sort().values
-    return bool((keys[1:] != keys[:-1]).all()) and torch.equal(
-        keys, (ahead[:, 1] * vertex_count + ahead[:, 0]).sort().values
-    )
+@compiled
+def closed_and_oriented(faces: np.ndarray, vertex_count: int) -> bool:
+    """Return whether each directed edge of faces [F, 3] occurs once, and its reverse once."""
+    starts = np.zeros(vertex_count + 1, np.int64)
+    for f in range(len(faces)):
+        for i in range(3):
+            starts[faces[f, i] + 1] += 1
+    for v in range(vertex_count):
+        starts[v + 1] += starts[v]
+    ends, place = np.empty(3 * len(faces), np.int32), starts[:-1].copy()
+    for f in range(len(faces)):
+        for i in range(3):
+            a = faces[f, i]
+            ends[place[a]] = faces[f, (i + 1) % 3]
+            place[a] += 1
+    for a in range(vertex_count):
+        for i in range(starts[a], starts[a + 1]):
+            b = ends[i]
+            ahead = back = 0
+            for j in range(starts[a], starts[a + 1]):
+                ahead += ends[j] == b
+            for j in range(starts[b], starts[b + 1]):
+                back += ends[j] == a
+            if ahead != 1 or back != 1:
+                return False
+    return True

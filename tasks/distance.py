@@ -1,16 +1,12 @@
 """Exact distances to triangles, block by block, and where grid edges cross triangles (compiled).
 
 All lengths here are in voxels: vertex (x, y, z) of [-1, 1] is at (x + 1) * R / 2 - 1/2, so that
-voxel i is sampled at i. Kernels are compiled at their first call, release the GIL, and are cached
-on disk beside this file (or in NUMBA_CACHE_DIR), so that only the first process pays for it.
+voxel i is sampled at i.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 
+from model.compiled import compiled
 from model.sdf import BLOCK
 
 BLOCK_RADIUS = 3.5 * 3**0.5  # from a block's centre to its farthest voxel centre
@@ -20,14 +16,6 @@ SLIVER = 1e-12
 # A crossing so near to a voxel centre blocks the edges on both sides of it: rounding may not
 # open a way through.
 TIE = 1e-9
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a kernel, cached on disk where some place for the cache can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-    except RuntimeError:  # numba's "no locator available": a read-only installation without a home
-        return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 @compiled

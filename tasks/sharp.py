@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from model.compiled import compiled
 from model.sdf import BLOCK
-from tasks.distance import closest_on_segment, compiled
+from tasks.distance import closest_on_segment
 
 DIHEDRAL = np.deg2rad(30)
 # Voxels with their centre this near to a sharp edge are sharp, in voxels.

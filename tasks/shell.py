@@ -6,8 +6,9 @@ voxel position through `rows` [side, side, side], the row of each block or a neg
 
 import numpy as np
 
+from model.compiled import compiled
 from model.sdf import BLOCK
-from tasks.distance import closest_on_triangle, compiled
+from tasks.distance import closest_on_triangle
 
 # Half the thickness of a shell. Over half a voxel, so that every grid edge across a sheet has an
 # end in the shell; over sqrt(1/2), so that a wire has one too; under one: two voxels at most.

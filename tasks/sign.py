@@ -13,8 +13,8 @@ import igl
 import numpy as np
 from scipy import ndimage
 
+from model.compiled import compiled
 from model.sdf import BLOCK
-from tasks.distance import compiled
 
 # A place is wide when it holds a voxel farther than this from every triangle, in voxels.
 CLEARANCE = 1.5
