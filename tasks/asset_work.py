@@ -21,8 +21,9 @@ from tasks.rendering import View, render_views
 from tasks.shards import StoredView
 from tasks.sources import Source, open_source
 
-# Part of a catalogue row's recipe: raise it when reading, normalising or rendering change.
-PREPARATION_VERSION = "1"
+# Part of a catalogue row's recipe: raise it when reading, normalising, rendering or what is stored
+# of them change.
+PREPARATION_VERSION = "2"
 
 
 def recipe(settings: Settings) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tasks.samples import SampleRef
-from tasks.shards import read_image, read_latents, read_sdf, view_count
+from tasks.shards import read_image, read_latents, read_sdf
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,10 @@ class SampleDataset(Dataset[dict[str, Any]]):
             views_path = f"{self.root}/{sample.views_path}"
             place = (self.filesystem, views_path, sample.views_row_group)
             rng = np.random.default_rng((self.seed, epoch, index))
-            view = int(rng.integers(training_views(view_count(*place), sample.asset_id)))
-            image = read_image(*place, view).astype(np.float32) / 255
+            picture = read_image(
+                *place, lambda count: int(rng.integers(training_views(count, sample.asset_id)))
+            )
+            image = picture.astype(np.float32) / 255
             item["rgba"] = np.ascontiguousarray(image.transpose(2, 0, 1))
         return item
 

@@ -4,13 +4,13 @@
 signed distances at resolution R, `latents-<R>.parquet` what a VAE makes of them. Columns, units
 and frames are in the field metadata, so that `pyarrow.parquet.read_schema(path)` documents a file.
 Rows are found through the catalogue; reading one touches the file's footer and that row's columns
-only. Pages carry checksums, which every read verifies; whole files have a SHA-256 in the catalogue
-(`verify_file`). Needs numpy and pyarrow, and Pillow for pictures.
+only, and each view is a column, so that one picture is read without the others. Pages carry
+checksums, which every read verifies; whole files have a SHA-256 in the catalogue (`verify_file`).
+Needs numpy and pyarrow, and Pillow for pictures.
 """
 
 import hashlib
-import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -85,40 +85,47 @@ def _field(name: str, kind: pa.DataType, description: str, unit: str = "") -> pa
 
 _FRAME = "[-1, 1]^3, longest side of the asset scaled to 0.95 of it"
 
-ASSET_SCHEMA = pa.schema(
+_VIEW = pa.struct(
     [
-        _field("asset_id", pa.string(), "SHA-256 of the source bytes, hex"),
-        _field("uri", pa.string(), "where the asset was found first"),
-        _field("licence", pa.string(), "licence of the asset, as its source states it"),
-        _field("attribution", pa.string(), "whom to credit, as the source states it"),
-        _field("category", pa.string(), "category, as the source states it"),
+        _field("png", pa.binary(), "RGBA picture, straight alpha, PNG"),
         _field(
-            "vertices",
-            pa.list_(pa.float32()),
-            "V x 3, row-major: the source mesh",
+            "camera_to_world",
+            pa.list_(pa.float64()),
+            "4 x 4, row-major; OpenGL camera: looks down -z, +y up",
             f"frame {_FRAME}",
         ),
-        _field("faces", pa.list_(pa.int32()), "F x 3, row-major: vertex indices of triangles"),
-        _field(
-            "views",
-            pa.list_(
-                pa.struct(
-                    [
-                        _field("png", pa.binary(), "RGBA picture, straight alpha, PNG"),
-                        _field(
-                            "camera_to_world",
-                            pa.list_(pa.float64()),
-                            "4 x 4, row-major; OpenGL camera: looks down -z, +y up",
-                            f"frame {_FRAME}",
-                        ),
-                        _field("fov", pa.float64(), "vertical field of view", "radian"),
-                    ]
-                )
-            ),
-            "pictures of the asset with their cameras",
-        ),
+        _field("fov", pa.float64(), "vertical field of view", "radian"),
     ]
 )
+
+
+def asset_schema(views: int) -> pa.Schema:
+    """Return the schema of an `assets.parquet` whose assets have so many views."""
+    return pa.schema(
+        [
+            _field("asset_id", pa.string(), "SHA-256 of the source bytes, hex"),
+            _field("uri", pa.string(), "where the asset was found first"),
+            _field("licence", pa.string(), "licence of the asset, as its source states it"),
+            _field("attribution", pa.string(), "whom to credit, as the source states it"),
+            _field("category", pa.string(), "category, as the source states it"),
+            _field(
+                "vertices",
+                pa.list_(pa.float32()),
+                "V x 3, row-major: the source mesh",
+                f"frame {_FRAME}",
+            ),
+            _field("faces", pa.list_(pa.int32()), "F x 3, row-major: vertex indices of triangles"),
+            *(
+                _field(_view_column(i), _VIEW, "a picture of the asset, with its camera")
+                for i in range(views)
+            ),
+        ]
+    )
+
+
+def _view_column(index: int) -> str:
+    return f"view_{index}"
+
 
 SDF_SCHEMA = pa.schema(
     [
@@ -233,18 +240,26 @@ class ShardWriter:
             }
 
     def add_asset(self, asset: AssetRow) -> Stored:
-        """Append the mesh and the views of an asset."""
+        """Append the mesh and the views of an asset; all assets of a shard have equally many."""
         row = {
-            **{name: getattr(asset, name) for name in ASSET_SCHEMA.names[:5]},
+            "asset_id": asset.asset_id,
+            "uri": asset.uri,
+            "licence": asset.licence,
+            "attribution": asset.attribution,
+            "category": asset.category,
             "vertices": np.ascontiguousarray(asset.vertices, np.float32).ravel(),
             "faces": np.ascontiguousarray(asset.faces, np.int32).ravel(),
-            "views": [
-                {"png": v.png, "camera_to_world": v.camera_to_world.ravel(), "fov": v.fov}
-                for v in asset.views
-            ],
+            **{
+                _view_column(i): {
+                    "png": view.png,
+                    "camera_to_world": view.camera_to_world.ravel(),
+                    "fov": view.fov,
+                }
+                for i, view in enumerate(asset.views)
+            },
         }
         content = [row["vertices"], row["faces"], *(v.png for v in asset.views)]
-        return self._append(ASSETS_FILE, ASSET_SCHEMA, row, content)
+        return self._append(ASSETS_FILE, asset_schema(len(asset.views)), row, content)
 
     def add_sdf(self, asset_id: str, sdf: SparseSDF) -> Stored:
         """Append the signed distances of an asset."""
@@ -314,7 +329,11 @@ def _explained(path: str) -> Iterator[None]:
         ) from error
 
 
-def _read(filesystem: fs.FileSystem, path: str, row_group: int, columns: list[str]) -> pa.Table:
+@contextmanager
+def _row_group(
+    filesystem: fs.FileSystem, path: str, row_group: int
+) -> Iterator[tuple[Callable[[list[str]], pa.Table], list[str]]]:
+    """Open a file; yield what reads columns of one row group, and the columns' names."""
     with (
         _explained(path),
         filesystem.open_input_file(path) as source,
@@ -322,7 +341,16 @@ def _read(filesystem: fs.FileSystem, path: str, row_group: int, columns: list[st
     ):
         if not 0 <= row_group < file.num_row_groups:
             raise IndexError(f"row group {row_group} of {file.num_row_groups}")
-        return file.read_row_group(row_group, columns=columns, use_threads=False)
+
+        def read(columns: list[str]) -> pa.Table:
+            return file.read_row_group(row_group, columns=columns, use_threads=False)
+
+        yield read, file.schema_arrow.names
+
+
+def _read(filesystem: fs.FileSystem, path: str, row_group: int, columns: list[str]) -> pa.Table:
+    with _row_group(filesystem, path, row_group) as (read, _):
+        return read(columns)
 
 
 def _values(table: pa.Table, column: str) -> np.ndarray:
@@ -349,27 +377,39 @@ def read_sdf(filesystem: fs.FileSystem, path: str, row_group: int) -> SparseSDF:
     return SparseSDF(resolution, blocks, dequantise(codes), sharp)
 
 
+def _view_columns(names: list[str]) -> list[str]:
+    return [_view_column(i) for i in range(len(names)) if _view_column(i) in names]
+
+
 def read_views(filesystem: fs.FileSystem, path: str, row_group: int) -> tuple[StoredView, ...]:
     """Return the views in one row group of an `assets.parquet`, pictures still encoded."""
-    table = _read(filesystem, path, row_group, ["views"])
+    with _row_group(filesystem, path, row_group) as (read, names):
+        columns = _view_columns(names)
+        row = read(columns).to_pylist()[0]
     return tuple(
         StoredView(v["png"], np.array(v["camera_to_world"]).reshape(4, 4), v["fov"])
-        for v in table["views"][0].as_py()
+        for v in (row[name] for name in columns)
     )
 
 
-def view_count(filesystem: fs.FileSystem, path: str, row_group: int) -> int:
-    """Return the number of views in one row of an `assets.parquet`, without their pictures."""
-    table = _read(filesystem, path, row_group, ["views.list.element.fov"])
-    return len(table["views"][0])
+def read_image(
+    filesystem: fs.FileSystem, path: str, row_group: int, view: int | Callable[[int], int]
+) -> np.ndarray:
+    """Return one view's picture, [S, S, 4] uint8, straight alpha; the others are not read.
 
-
-def read_image(filesystem: fs.FileSystem, path: str, row_group: int, view: int) -> np.ndarray:
-    """Return one view's picture, [S, S, 4] uint8, straight alpha."""
+    view: its index, a negative one from the end, or a function of the number of views that
+    returns one. Raises ValueError when there is no such view, ShardError as `read_sdf` does.
+    """
     from PIL import Image  # a machine that trains the VAE alone has no need of it
 
-    table = _read(filesystem, path, row_group, ["views.list.element.png"])
-    with Image.open(io.BytesIO(table["views"][0].as_py()[view]["png"])) as image:
+    with _row_group(filesystem, path, row_group) as (read, names):
+        columns = _view_columns(names)
+        index = view(len(columns)) if callable(view) else view
+        if not -len(columns) <= index < len(columns):
+            raise ValueError(f"there is no view {index} in {path}: its assets have {len(columns)}")
+        column = columns[index]
+        png = read([f"{column}.png"])[column][0]["png"].as_buffer()
+    with Image.open(pa.BufferReader(png)) as image:
         return np.asarray(image.convert("RGBA"))
 
 

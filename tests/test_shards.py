@@ -17,12 +17,12 @@ from pyarrow import fs
 
 from model.sdf import SparseSDF
 from tasks.shards import (
-    ASSET_SCHEMA,
     SDF_SCHEMA,
     AssetRow,
     ShardError,
     ShardWriter,
     StoredView,
+    asset_schema,
     dequantise,
     quantise,
     read_geometry,
@@ -32,7 +32,6 @@ from tasks.shards import (
     read_views,
     shard_path,
     verify_file,
-    view_count,
 )
 from tasks.storage import DatasetBusyError, atomic_file, exclusive, list_files, open_filesystem
 
@@ -115,7 +114,6 @@ def test_shard_round_trip(rows: list[tuple[int, int]]) -> None:
         np.testing.assert_array_equal(vertices, asset.vertices)
         np.testing.assert_array_equal(faces, asset.faces)
         assert faces.dtype == np.int64
-        assert view_count(filesystem, path, index) == len(asset.views)
         for view, stored in zip(asset.views, read_views(filesystem, path, index), strict=True):
             assert (stored.png, stored.fov) == (view.png, view.fov)
             np.testing.assert_array_equal(stored.camera_to_world, view.camera_to_world)
@@ -135,7 +133,7 @@ def test_latents_round_trip(tmp_path: Path) -> None:
 
 
 def test_one_picture_is_decoded(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 4)).astype(np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 3, 5, 4)).astype(np.uint8)
     views = []
     for picture in pixels:
         buffer = io.BytesIO()
@@ -143,9 +141,13 @@ def test_one_picture_is_decoded(tmp_path: Path) -> None:
         views.append(StoredView(buffer.getvalue(), np.eye(4), 0.7))
     with ShardWriter(LOCAL, str(tmp_path)) as writer:
         writer.add_asset(replace(random_asset(0), views=tuple(views)))
-    for view in range(2):
-        picture = read_image(LOCAL, str(tmp_path / "assets.parquet"), 0, view)
-        np.testing.assert_array_equal(picture, pixels[view])
+    path = str(tmp_path / "assets.parquet")
+    for view in (0, 11, -1, lambda count: count - 2):
+        index = view(12) if callable(view) else view
+        np.testing.assert_array_equal(read_image(LOCAL, path, 0, view), pixels[index])
+    for view in (12, -13):
+        with pytest.raises(ValueError, match=f"no view {view} in .*have 12"):
+            read_image(LOCAL, path, 0, view)
 
 
 @pytest.fixture
@@ -160,7 +162,7 @@ def shard(tmp_path: Path) -> tuple[Path, ShardWriter]:
 def test_files_explain_themselves(shard: tuple[Path, ShardWriter]) -> None:
     folder, writer = shard
     assert sorted(p.name for p in folder.iterdir()) == ["assets.parquet", "sdf-64.parquet"]
-    for name, schema in (("assets.parquet", ASSET_SCHEMA), ("sdf-64.parquet", SDF_SCHEMA)):
+    for name, schema in (("assets.parquet", asset_schema(3)), ("sdf-64.parquet", SDF_SCHEMA)):
         stored = pq.read_schema(folder / name)
         assert stored.names == schema.names
         for field in stored:
@@ -187,16 +189,28 @@ class CountingFile(io.FileIO):
         return data
 
 
-def test_one_row_is_read_without_its_neighbours(shard: tuple[Path, ShardWriter]) -> None:
-    path = shard[0] / "sdf-64.parquet"
-    metadata = pq.read_metadata(path)
+def counted(path: Path) -> tuple[CountingFile, fs.FileSystem]:
+    """A file, and a filesystem that reads nothing else."""
+    counting = CountingFile(path)
 
     class Recording(fs.FSSpecHandler):
         def open_input_file(self, path: str) -> pa.PythonFile:
             return pa.PythonFile(counting, mode="r")
 
-    counting = CountingFile(path)
-    filesystem = fs.PyFileSystem(Recording(MemoryFileSystem()))
+    return counting, fs.PyFileSystem(Recording(MemoryFileSystem()))
+
+
+def data_reads(counting: CountingFile, path: Path) -> list[tuple[int, int]]:
+    """Return the ranges read but for the footer: its first read takes the last 64 KiB."""
+    size = path.stat().st_size
+    footer = size - pq.read_metadata(path).serialized_size - 8
+    return [(a, b) for a, b in counting.ranges if b > a and a < footer and b < size]
+
+
+def test_one_row_is_read_without_its_neighbours(shard: tuple[Path, ShardWriter]) -> None:
+    path = shard[0] / "sdf-64.parquet"
+    metadata = pq.read_metadata(path)
+    counting, filesystem = counted(path)
     np.testing.assert_array_equal(
         read_sdf(filesystem, str(path), 1).blocks, random_sdf(1, 40).blocks
     )
@@ -205,13 +219,25 @@ def test_one_row_is_read_without_its_neighbours(shard: tuple[Path, ShardWriter])
         columns = [metadata.row_group(group).column(c) for c in range(metadata.num_columns)]
         first = min(c.data_page_offset for c in columns)
         spans.append((first, first + sum(c.total_compressed_size for c in columns)))
-    footer = path.stat().st_size - metadata.serialized_size - 8
-    data_reads = [(a, b) for a, b in counting.ranges if b > a and a < footer]
-    # The footer's first read takes the file's last 64 KiB, of whatever is there.
-    data_reads = [r for r in data_reads if r[1] < path.stat().st_size]
-    assert data_reads
-    for start, end in data_reads:
+    reads = data_reads(counting, path)
+    assert reads
+    for start, end in reads:
         assert all(end <= low or start >= high for low, high in spans)
+
+
+def test_one_picture_is_read_without_the_others(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (8, 100, 100, 4)).astype(np.uint8)
+    views = []
+    for picture in noise:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        views.append(StoredView(buffer.getvalue(), np.eye(4), 0.7))
+    with ShardWriter(LOCAL, str(tmp_path)) as writer:
+        writer.add_asset(replace(random_asset(0), views=tuple(views)))
+    path = tmp_path / "assets.parquet"
+    counting, filesystem = counted(path)
+    np.testing.assert_array_equal(read_image(filesystem, str(path), 0, 2), noise[2])
+    assert 0 < sum(b - a for a, b in data_reads(counting, path)) < 1.5 * len(views[2].png)
 
 
 @settings(max_examples=40, deadline=None)
