@@ -277,11 +277,3 @@ def referenced_shards(root: str) -> set[str]:
     table = pads.dataset(files, filesystem=filesystem).to_table(columns=["shard"])
     # Not unique(): on the string views that delta-rs writes, it makes '' of null (pyarrow 25).
     return set(table["shard"].to_pylist()) - {None}
-
-
-def split_of(asset_id: str, held_out: float) -> str:
-    """Return `test` for a share of the assets, for ever the same ones, else `train`.
-
-    The same rule as `tasks.samples.split`.
-    """
-    return "test" if int(asset_id[:8], 16) / 2**32 < held_out else "train"

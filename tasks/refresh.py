@@ -21,7 +21,7 @@ from pyarrow import fs
 
 from tasks import catalogue
 from tasks.asset_work import recipe
-from tasks.catalogue import DatasetVersion, Key, Row, split_of, storable
+from tasks.catalogue import DatasetVersion, Key, Row, storable
 from tasks.isolation import Limits
 from tasks.planning import WORK, Plan, Wanted, plan
 from tasks.processing import (
@@ -33,6 +33,7 @@ from tasks.processing import (
     stage_rows,
 )
 from tasks.ray_work import WorkerDiedError, run_chunks
+from tasks.samples import split_of
 from tasks.sources import SourceAsset, open_source
 from tasks.storage import absolute_root, exclusive, list_files, open_filesystem
 

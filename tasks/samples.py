@@ -6,6 +6,7 @@ the catalogue's library can train from an index file. Needs pyarrow only.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -64,15 +65,18 @@ def read_index(filesystem: fs.FileSystem, path: str) -> tuple[list[SampleRef], d
     return [SampleRef(**row) for row in table.to_pylist()], metadata
 
 
-def split(samples: Sequence[SampleRef], held_out: float) -> tuple[list[SampleRef], list[SampleRef]]:
-    """Return the samples for training and those of held-out assets.
+def split_of(asset_id: str, held_out: float) -> Literal["train", "test"]:
+    """Return an asset's side; held_out: share of the assets on the `test` side, in [0, 1].
 
-    An asset's side depends on its identity and the share alone, so that it never changes sides
+    It depends on its identity (a SHA-256) and the share alone, so that an asset never changes sides
     between dataset versions, and every resolution of it lies on the same one.
     """
-    training: list[SampleRef] = []
-    kept_out: list[SampleRef] = []
+    return "test" if int(asset_id[:8], 16) / 0x1_0000_0000 < held_out else "train"
+
+
+def split(samples: Sequence[SampleRef], held_out: float) -> tuple[list[SampleRef], list[SampleRef]]:
+    """Return the samples for training and those of held-out assets, by `split_of`."""
+    sides: dict[str, list[SampleRef]] = {"train": [], "test": []}
     for sample in samples:
-        first = int(sample.asset_id[:8], 16) / 0x1_0000_0000
-        (kept_out if first < held_out else training).append(sample)
-    return training, kept_out
+        sides[split_of(sample.asset_id, held_out)].append(sample)
+    return sides["train"], sides["test"]

@@ -19,10 +19,10 @@ from tasks.catalogue import (
     from_table,
     open_version,
     referenced_shards,
-    split_of,
     to_table,
 )
 from tasks.planning import Plan, Wanted, plan
+from tasks.samples import split_of
 
 RECIPE = "conversion=1 engine=sparse views=4x64"
 LIMITS = "60 s, 1024 MiB"
