@@ -21,7 +21,7 @@ from tasks.evaluation import (
 )
 from tasks.generation import stages_of
 from tasks.pictures import contact_sheet
-from tasks.presets import load_preset
+from tasks.presets import Preset, load_preset
 from tasks.reporting import call_on_worker
 from tasks.samples import SampleRef, split
 from tasks.tracking import ModelVersion, Run
@@ -68,7 +68,8 @@ def evaluate(
     sizes = load_preset(preset)
     dataset = open_version(data, version)
     uri = tracking.tracking_uri(data)
-    chosen = resolve(subjects or ["reconstruction", "generation"], preset, uri, alias)
+    subjects = subjects or ["reconstruction", "generation"]
+    chosen = resolve(subjects, sizes, uri, alias)
     samples = _part(samples_of(dataset), sizes.data.held_out, part)
     params = {
         "preset": sizes.name,
@@ -84,8 +85,8 @@ def evaluate(
         log_dataset(run, dataset, "evaluation")
         folders = models.download(chosen, uri)
         scores: dict[str, float] = {}
-        for subject in subjects or ["reconstruction", "generation"]:
-            resolution = _finest(preset, subject)
+        for subject in subjects:
+            resolution = _finest(sizes, subject)
             subset = [s for s in samples if s.resolution == resolution]
             for trained in (True, False) if untrained else (True,):
                 scored = subset if trained else subset[:untrained]
@@ -125,14 +126,13 @@ def evaluate(
 
 
 def resolve(
-    subjects: Sequence[Subject], preset: str, uri: str, alias: str
+    subjects: Sequence[Subject], preset: Preset, uri: str, alias: str
 ) -> dict[str, ModelVersion]:
     """Return the model versions that the subjects need, by stage."""
-    sizes = load_preset(preset)
-    chosen = models.resolve_set(sizes, uri, alias) if "generation" in subjects else {}
+    chosen = models.resolve_set(preset, uri, alias) if "generation" in subjects else {}
     if "reconstruction" in subjects:
         # The VAE with the alias itself, which the transformers may not have learned yet.
-        vae = stages_of(sizes)[0]
+        vae = stages_of(preset)[0]
         found = tracking.resolve_model(f"{models.model_name(vae)}@{alias}", uri)
         if chosen and chosen[vae] != found:
             raise models.ModelMismatchError(
@@ -143,11 +143,10 @@ def resolve(
     return chosen
 
 
-def _finest(preset: str, subject: Subject) -> int:
-    sizes = load_preset(preset)
+def _finest(preset: Preset, subject: Subject) -> int:
     if subject == "generation":
-        return int(sizes.dit_stages()[-1].removeprefix("dit-"))
-    return max(sizes.training[stages_of(sizes)[0]].resolutions)
+        return int(preset.dit_stages()[-1].removeprefix("dit-"))
+    return max(preset.training[stages_of(preset)[0]].resolutions)
 
 
 def _part(samples: Sequence[SampleRef], held_out: float, part: Part) -> list[SampleRef]:
