@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import ray
@@ -19,18 +21,27 @@ POLL_SECONDS = 0.5
 Progress = Callable[[int, int, str], None]  # units done, of how many, a short text
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class _Board:
-    """Holds the newest word on some progress."""
+    """Holds the newest word on each piece of work."""
 
     def __init__(self) -> None:
-        self.newest: tuple[int, int, str] | None = None
+        self.newest: dict[str, tuple[int, int, str]] = {}
 
-    def write(self, done: int, total: int, detail: str) -> None:
-        self.newest = done, total, detail
+    def write(self, work: str, done: int, total: int, detail: str) -> None:
+        self.newest[work] = done, total, detail
 
-    def read(self) -> tuple[int, int, str] | None:
-        return self.newest
+    def read(self, work: str) -> tuple[int, int, str] | None:
+        return self.newest.get(work)
+
+    def forget(self, work: str) -> None:
+        self.newest.pop(work, None)
+
+
+@lru_cache(maxsize=1)
+def _board(ray_job: str) -> Any:  # noqa: ARG001 - what the cache goes by
+    """Return the board of this process's Ray session: one, since an actor is a process."""
+    return _Board.remote()  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -38,23 +49,25 @@ class BoardWriter:
     """Tells the driver's progress from a Ray worker; can be pickled."""
 
     board: Any
+    work: str
 
     def __call__(self, done: int, total: int, detail: str = "") -> None:
         """Set the progress; returns at once."""
-        self.board.write.remote(done, total, detail)
+        self.board.write.remote(self.work, done, total, detail)
 
 
 @contextmanager
 def watched(update: Progress) -> Iterator[BoardWriter]:
     """Yield a writer for Ray workers; `update` is called here, in a thread, with what it says."""
-    board: Any = _Board.remote()  # type: ignore[attr-defined]
+    board = _board(ray.get_runtime_context().get_job_id())
+    work = uuid4().hex
     done = threading.Event()
 
     def poll() -> None:
         last = None
         while True:
             finished = done.wait(POLL_SECONDS)
-            newest = ray.get(board.read.remote())
+            newest = ray.get(board.read.remote(work))
             if newest is not None and newest != last:
                 last = newest
                 update(*newest)
@@ -65,11 +78,11 @@ def watched(update: Progress) -> Iterator[BoardWriter]:
     thread = threading.Thread(target=copy_context().run, args=(poll,), daemon=True)
     thread.start()
     try:
-        yield BoardWriter(board)
+        yield BoardWriter(board, work)
     finally:
         done.set()
         thread.join()
-        ray.kill(board)
+        board.forget.remote(work)
 
 
 def call_on_worker(function: Callable[..., Any], *args: Any, update: Progress) -> Any:
