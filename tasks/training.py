@@ -157,7 +157,11 @@ def train(
     ema = copy.deepcopy(module).eval().requires_grad_(False)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
-        trained, config.learning_rate, (0.9, config.beta2), weight_decay=config.weight_decay
+        trained,
+        config.learning_rate,
+        (0.9, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
     )
     step, path = 0, checkpoint_dir
     if found := checkpoint.latest(checkpoint_dir):
