@@ -10,10 +10,11 @@ Needs numpy and pyarrow, and Pillow for pictures.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -291,7 +292,7 @@ class ShardWriter:
         return self._append(latents_file(resolution), LATENT_SCHEMA, row, content)
 
     def _append(
-        self, name: str, schema: pa.Schema, row: dict[str, object], content: list[object]
+        self, name: str, schema: pa.Schema, row: Mapping[str, object], content: Sequence[Any]
     ) -> Stored:
         if name not in self._writers:
             self._filesystem.create_dir(self._folder, recursive=True)
@@ -313,7 +314,7 @@ class ShardWriter:
         self._rows[name] += 1
         digest = hashlib.sha256()
         for part in content:
-            digest.update(part)  # type: ignore[arg-type]
+            digest.update(part)
         return Stored(self._rows[name] - 1, digest.hexdigest())
 
 
