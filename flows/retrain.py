@@ -92,20 +92,14 @@ def _decide(
         {s: tracking.resolve_model(f"{models.model_name(s)}@{alias}", uri) for s in stages}
         for alias in (models.CHALLENGER, models.CHAMPION)
     )
-    names = ", ".join(models.reference(version) for version in newest.values())
     if newest == present:
+        names = ", ".join(models.reference(version) for version in newest.values())
         decision = f"{names}: champion already; nothing newer was trained"
     else:
         old, new = (
             evaluate(subjects=[subject], preset=preset, data=data, alias=alias, part="test")[score]
             for alias in (models.CHAMPION, models.CHALLENGER)
         )
-        comparison = f"{score} {new:.4f} against the champion's {old:.4f} on the held-out assets"
-        if new > old + min_gain:
-            for version in newest.values():
-                tracking.set_alias(version.name, models.CHAMPION, version.version, uri)
-            decision = f"{names}: promoted to champion: {comparison}"
-        else:
-            decision = f"{names}: kept as challenger: {comparison}, needed {min_gain:g} more"
+        decision = models.promote_if_better(list(newest.values()), score, new, old, min_gain, uri)
     logger.info(decision)
     return decision

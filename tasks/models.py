@@ -8,7 +8,7 @@ preset, and the version of the autoencoder whose latents it learned.
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tasks import checkpoint, tracking
@@ -83,6 +83,29 @@ def resolve_set(preset: Preset, uri: str, alias: str = CHAMPION) -> dict[str, Mo
                 "trained with"
             )
     return chosen
+
+
+def promote_if_better(
+    challengers: Sequence[ModelVersion],
+    score: str,
+    new: float,
+    old: float,
+    min_gain: float,
+    uri: str,
+) -> str:
+    """Make versions champions, together, if they beat the present ones; return why or why not.
+
+    new, old: the score of the challengers and of the champions on the same assets, higher being
+    better. min_gain: by how much it must at least be better. Pointing the alias back is the
+    rollback.
+    """
+    names = ", ".join(reference(version) for version in challengers)
+    comparison = f"{score} {new:.4f} against the champion's {old:.4f} on the held-out assets"
+    if not new > old + min_gain:
+        return f"{names}: kept as challenger: {comparison}, needed more than {min_gain:g} above"
+    for version in challengers:
+        tracking.set_alias(version.name, CHAMPION, version.version, uri)
+    return f"{names}: promoted to champion: {comparison}"
 
 
 def download(versions: Mapping[str, ModelVersion], uri: str) -> dict[str, Path]:
