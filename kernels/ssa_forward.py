@@ -40,34 +40,79 @@ def load_keys(x, columns, end, order, stride, D: tl.constexpr, HAS_ORDER: tl.con
     return tl.load(x + offsets, mask=inside[:, None], other=0.0)
 
 
+# 2^x of four numbers: three by the special function unit, which is what the forward pass waits for,
+# and one by a polynomial of degree 4 (relative error 4e-6) of what is left of x after rounding.
+# Wrong for x < -126.
+EXP2_OF_FOUR = tl.constexpr("""{
+    .reg .f32 t, n, f, p;
+    .reg .b32 i, j;
+    ex2.approx.ftz.f32 $0, $4;
+    ex2.approx.ftz.f32 $1, $5;
+    ex2.approx.ftz.f32 $2, $6;
+    add.rn.f32 t, $7, 0f4B400000;
+    sub.rn.f32 n, t, 0f4B400000;
+    sub.rn.f32 f, $7, n;
+    fma.rn.f32 p, f, 0f3C1E883E, 0f3D650E81;
+    fma.rn.f32 p, p, f, 0f3E75FC83;
+    fma.rn.f32 p, p, f, 0f3F317061;
+    fma.rn.f32 p, p, f, 0f3F800001;
+    mov.b32 i, t;
+    shl.b32 i, i, 23;
+    mov.b32 j, p;
+    add.s32 $3, i, j;
+}""")
+
+
 @triton.jit
-def dot(a, b):
-    """Return a @ b, summed in float32; float32 operands are not rounded to tf32."""
-    return tl.dot(a, b, input_precision="ieee")
+def exp2(x, SOFT: tl.constexpr):
+    """Return 2^x; with SOFT, which Triton's interpreter lacks, for x of at least -126."""
+    if SOFT:
+        return tl.inline_asm_elementwise(
+            EXP2_OF_FOUR, "=r,=r,=r,=r,r,r,r,r", [x], dtype=tl.float32, is_pure=True, pack=4
+        )
+    return tl.exp2(x)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """Return a @ b (+ acc), summed in float32; float32 operands are not rounded to tf32."""
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
 def _softmax_step(
     q, acc, m, total, start, lo, hi, end, k, v, order, stride, scale,
-    D: tl.constexpr, BN: tl.constexpr, HAS_ORDER: tl.constexpr, MASK: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, HAS_ORDER: tl.constexpr,
+    MASK: tl.constexpr, BOUNDED: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
+    """Add BN keys. The totals [M, 8] are summed over the last axis at the end: these eight columns
+    lie in different threads of a matrix instruction's result, and all others in one.
+    """
     columns = start + tl.arange(0, BN)
     keys = load_keys(k, columns, end, order, stride, D, HAS_ORDER)
-    logits = dot(q, tl.trans(keys))
-    if MASK:
-        # Scaled before it is masked: a fused scale * MASKED - m would leave a huge rounding error.
-        inside = (columns[None, :] >= lo[:, None]) & (columns[None, :] < hi[:, None])
-        logits = tl.where(inside, logits * scale, MASKED)
-        m_new = tl.maximum(m, tl.max(logits, 1))
-        p = tl.exp2(logits - m_new[:, None])
-    else:
-        m_new = tl.maximum(m, tl.max(logits, 1) * scale)
-        p = tl.exp2(logits * scale - m_new[:, None])
-    shrink = tl.exp2(m - m_new)
-    total = total * shrink + tl.sum(p, 1)
     values = load_keys(v, columns, end, order, stride, D, HAS_ORDER)
-    acc = acc * shrink[:, None] + dot(p.to(values.dtype), values)
-    return acc, m_new, total
+    logits = dot(q, tl.trans(keys))
+    inside = (columns[None, :] >= lo[:, None]) & (columns[None, :] < hi[:, None])
+    if BOUNDED:
+        p = exp2(logits * scale, SOFT)
+        if MASK:
+            p = tl.where(inside, p, 0.0)
+    else:
+        if MASK:
+            # Scaled before it is masked: a fused scale * MASKED - m would leave a huge rounding
+            # error.
+            logits = tl.where(inside, logits * scale, MASKED)
+            m_new = tl.maximum(m, tl.max(logits, 1))
+            p = tl.exp2(logits - m_new[:, None])
+        else:
+            m_new = tl.maximum(m, tl.max(logits, 1) * scale)
+            p = tl.exp2(logits * scale - m_new[:, None])
+        shrink = tl.exp2(m - m_new)[:, None]
+        total = total * shrink
+        acc = acc * shrink
+        m = m_new
+    total += tl.sum(tl.reshape(p, [M, BN // 8, 8]), 1)
+    return dot(p.to(values.dtype), values, acc), m, total
 
 
 @triton.jit
@@ -89,34 +134,44 @@ def _softmax_rows(
     k, v,  # rows of keys and values of one KV head, `stride` elements apart
     order, stride, scale,
     M: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, HAS_ORDER: tl.constexpr,
+    BOUNDED: tl.constexpr,  # no logit is so large that its exponential needs a shift
+    SOFT: tl.constexpr,
 ):  # fmt: skip
     """Return softmax(q k^T) v [M, D] in float32 and the log-sum-exp [M]."""
-    m = tl.full([M], MASKED, tl.float32)
-    total = tl.zeros([M], tl.float32)
+    m = tl.full([M], 0.0 if BOUNDED else MASKED, tl.float32)
+    total = tl.zeros([M, 8], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     for start in range(begin, split, BN):
         acc, m, total = _softmax_step(
             q, acc, m, total, start, lo, hi, end, k, v, order, stride, scale,
-            D, BN, HAS_ORDER, False,
+            M, D, BN, HAS_ORDER, False, BOUNDED, SOFT,
         )  # fmt: skip
     for start in range(split, end, BN):
         acc, m, total = _softmax_step(
             q, acc, m, total, start, lo, hi, end, k, v, order, stride, scale,
-            D, BN, HAS_ORDER, True,
+            M, D, BN, HAS_ORDER, True, BOUNDED, SOFT,
         )  # fmt: skip
-    return acc / total[:, None], m + tl.log2(total)
+    sums = tl.sum(total, 1)
+    inverse = 1.0 / sums
+    return acc * inverse[:, None], m + tl.log2(sums)
 
 
 @triton.jit(do_not_specialize=["n"])
 def attend_places(
     q, k, v, out, lse,  # [N, Hq, D], keys and values [*, Hkv, D], [N, Hq, D], [N, Hq]
+    longest,  # [Hkv] float32: norm of the longest key
+    largest,  # [programs, Hkv] float32 to be written: no logit of the program's rows is larger
     order,  # [N] token (and key) at each place
     ranges,  # [N, 2] columns of the token at each place
-    n, scale,
+    n, scale, limit,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr, BN: tl.constexpr, HAS_ORDER: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, HAS_ORDER: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
-    """Compression or window branch: softmax attention of every token over its own range."""
+    """Compression or window branch: softmax attention of every token over its own range.
+
+    A logit is at most the product of the norms. Where that is within +-limit for all rows of a
+    tile, exponentials need no running maximum.
+    """
     h = tl.program_id(1)
     M: tl.constexpr = T * GP
     rows = tl.arange(0, M)
@@ -129,23 +184,70 @@ def attend_places(
     lo = tl.load(ranges + 2 * places)
     hi = tl.load(ranges + 2 * places + 1)
     begin, split, end = span_of(lo, hi, BN)
-    acc, row_lse = _softmax_rows(
-        tl.load(q + offsets), lo, hi, begin, split, end, k + h * D, v + h * D, order, HKV * D,
-        scale, M, D, BN, HAS_ORDER,
-    )  # fmt: skip
+    q_tile = tl.load(q + offsets)
+    wide = q_tile.to(tl.float32)
+    bound = tl.sqrt(tl.max(tl.sum(wide * wide, 1), 0)) * tl.load(longest + h) * scale
+    tl.store(largest + tl.program_id(0) * HKV + h, bound)
+    if bound <= limit:
+        acc, row_lse = _softmax_rows(
+            q_tile, lo, hi, begin, split, end, k + h * D, v + h * D, order, HKV * D,
+            scale, M, D, BN, HAS_ORDER, True, SOFT,
+        )  # fmt: skip
+    else:
+        acc, row_lse = _softmax_rows(
+            q_tile, lo, hi, begin, split, end, k + h * D, v + h * D, order, HKV * D,
+            scale, M, D, BN, HAS_ORDER, False, SOFT,
+        )  # fmt: skip
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=stored[:, None])
     tl.store(lse + row, row_lse, mask=stored)
 
 
-@triton.jit(do_not_specialize=["tiles", "first_pair", "num_blocks"])
+@triton.jit
+def _attend_listed(
+    q, k, v, out, lse, order, begin, end, key_begin, key_end, h, first_pair, scale,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr, BOUNDED: tl.constexpr,
+    SOFT: tl.constexpr,
+):  # fmt: skip
+    """Attend from the rows of pairs [begin, end) of the list to keys [key_begin, key_end)."""
+    M: tl.constexpr = T * GP
+    rows = tl.arange(0, M)
+    heads = tl.minimum(rows % GP, G - 1)
+    dims = tl.arange(0, D)[None, :]
+    split = key_begin + (key_end - key_begin) // BN * BN
+    lo = tl.zeros([M], tl.int32) + key_begin
+    hi = tl.zeros([M], tl.int32) + key_end
+    pairs = tl.load(order + tl.minimum(begin + rows // GP, end - 1))
+    row = (pairs // PAIRS).to(tl.int64) * (HKV * G) + h * G + heads
+    q_tile = tl.load(q + row[:, None] * D + dims)
+    for start in range(begin, end, T):
+        # The next rows load while these are at work.
+        next_pairs = tl.load(order + tl.minimum(start + T + rows // GP, end - 1))
+        row = (next_pairs // PAIRS).to(tl.int64) * (HKV * G) + h * G + heads
+        next_q = tl.load(q + row[:, None] * D + dims)
+        acc, row_lse = _softmax_rows(
+            q_tile, lo, hi, key_begin, split, key_end, k + h * D, v + h * D, order, HKV * D,
+            scale, M, D, BN, False, BOUNDED, SOFT,
+        )  # fmt: skip
+        stored = (start + rows // GP < end) & (rows % GP < G)
+        pair = (pairs - first_pair).to(tl.int64) * G + heads
+        offsets = pair[:, None] * D + dims
+        tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=stored[:, None])
+        tl.store(lse + pair, row_lse, mask=stored)
+        pairs = next_pairs
+        q_tile = next_q
+
+
+@triton.jit(do_not_specialize=["first_pair", "num_blocks"])
 def attend_pairs(
     q, k, v, out, lse,  # out [pairs of the chunk, G, D], lse [pairs of the chunk, G]
+    largest,  # [Hkv] float32: no logit is larger
     order,  # pairs (token, KV head, slot) sorted by KV head, block, chunk of tokens
     tiles,  # [tiles, 3] (begin, end in order, KV head * Ns + block); begin == end: none
     starts,  # [Ns + 1] first token of each block
-    first_pair, num_blocks, scale,
+    first_pair, num_blocks, scale, limit,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     """Selection branch: softmax attention of the tokens that took a block over its tokens alone."""
     tile = tl.program_id(0).to(tl.int64)
@@ -155,64 +257,60 @@ def attend_pairs(
         segment = tl.load(tiles + 3 * tile + 2)
         h = segment // num_blocks
         block = segment % num_blocks
-        M: tl.constexpr = T * GP
-        rows = tl.arange(0, M)
-        heads = tl.minimum(rows % GP, G - 1)
-        dims = tl.arange(0, D)[None, :]
         key_begin = tl.load(starts + block)
         key_end = tl.load(starts + block + 1)
-        split = key_begin + (key_end - key_begin) // BN * BN
-        lo = tl.zeros([M], tl.int32) + key_begin
-        hi = tl.zeros([M], tl.int32) + key_end
-        pairs = tl.load(order + tl.minimum(begin + rows // GP, end - 1))
-        row = (pairs // PAIRS).to(tl.int64) * (HKV * G) + h * G + heads
-        q_tile = tl.load(q + row[:, None] * D + dims)
-        for start in range(begin, end, T):
-            # The next rows load while these are at work.
-            next_pairs = tl.load(order + tl.minimum(start + T + rows // GP, end - 1))
-            row = (next_pairs // PAIRS).to(tl.int64) * (HKV * G) + h * G + heads
-            next_q = tl.load(q + row[:, None] * D + dims)
-            acc, row_lse = _softmax_rows(
-                q_tile, lo, hi, key_begin, split, key_end, k + h * D, v + h * D, order, HKV * D,
-                scale, M, D, BN, False,
+        if tl.load(largest + h) <= limit:
+            _attend_listed(
+                q, k, v, out, lse, order, begin, end, key_begin, key_end, h, first_pair, scale,
+                HKV, G, GP, T, D, BN, PAIRS, True, SOFT,
             )  # fmt: skip
-            stored = (start + rows // GP < end) & (rows % GP < G)
-            pair = (pairs - first_pair).to(tl.int64) * G + heads
-            offsets = pair[:, None] * D + dims
-            tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=stored[:, None])
-            tl.store(lse + pair, row_lse, mask=stored)
-            pairs = next_pairs
-            q_tile = next_q
+        else:
+            _attend_listed(
+                q, k, v, out, lse, order, begin, end, key_begin, key_end, h, first_pair, scale,
+                HKV, G, GP, T, D, BN, PAIRS, False, SOFT,
+            )  # fmt: skip
 
 
 @triton.jit
 def _score_blocks(
     q, k_cmp, lse,  # q [M, D], keys of one KV head, lse [M]
     scores,  # to be written: [T, width], this program's own
-    inner, lo, hi, width, stride, scale,
-    GP: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BS: tl.constexpr, SLOTS: tl.constexpr,
+    lo, hi, width, stride, scale,
+    GP: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
-    """Write the scores of selection blocks [lo, hi) for T tokens."""
-    lines = tl.arange(0, BS * SLOTS)
+    """Write the scores of compression blocks [lo, hi) for T tokens."""
+    lines = tl.arange(0, BN)
     token = tl.arange(0, T)
-    for start in range(lo, hi, BS):
-        if SLOTS > 1:
-            blocks = tl.minimum(start + lines // SLOTS, hi - 1)
-            columns = tl.load(inner + blocks) + lines % SLOTS
-            inside = columns < tl.load(inner + blocks + 1)
-        else:  # as many compression blocks as selection blocks
-            columns = start + lines
-            inside = columns < hi
-        offsets = columns.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
-        keys = tl.load(k_cmp + offsets, mask=inside[:, None], other=0.0)
-        p = tl.exp2(dot(keys, tl.trans(q)) * scale - lse[None, :])
-        total = tl.sum(tl.reshape(p, [BS * SLOTS, T, GP]), 2)
-        if SLOTS > 1:
-            total = tl.where(inside[:, None], total, 0.0)
-            total = tl.sum(tl.reshape(total, [BS, SLOTS, T]), 1)
-        block = start + tl.arange(0, BS)
-        places = token[None, :] * width + (block - lo)[:, None]
-        tl.store(scores + places, total, mask=(block < hi)[:, None])
+    for start in range(lo, hi, BN):
+        columns = start + lines
+        keys = load_keys(k_cmp, columns, hi, k_cmp, stride, D, False)
+        exponent = dot(keys, tl.trans(q)) * scale - lse[None, :]
+        p = exp2(tl.maximum(exponent, -126.0) if SOFT else exponent, SOFT)
+        total = tl.sum(tl.reshape(p, [BN, T, GP]), 2)
+        places = token[None, :] * width + (columns - lo)[:, None]
+        tl.store(scores + places, total, mask=(columns < hi)[:, None])
+
+
+@triton.jit
+def _sum_slots(
+    sums,  # to be written: [T, width] of selection blocks from `first` on
+    scores,  # [T, panel_width] of compression blocks from `lo` on
+    inner,  # [Ns + 1] first compression block of each selection block
+    lo, first, begin, end, width, panel_width,
+    T: tl.constexpr, SLOTS: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """Sum the scores of the compression blocks, at most SLOTS, of selection blocks [begin, end)."""
+    token = tl.arange(0, T)[:, None]
+    for start in range(begin, end, LINES):
+        block = start + tl.arange(0, LINES)
+        inside = block < end
+        column = tl.load(inner + block, mask=inside, other=0)
+        count = tl.load(inner + block + 1, mask=inside, other=0) - column
+        total = tl.zeros([T, LINES], tl.float32)
+        for slot in tl.range(SLOTS, loop_unroll_factor=8):
+            places = token * panel_width + (column - lo + slot)[None, :]
+            total += tl.load(scores + places, mask=(slot < count)[None, :], other=0.0)
+        tl.store(sums + token * width + (block - first)[None, :], total, mask=inside[None, :])
 
 
 @triton.jit
@@ -220,38 +318,38 @@ def _store_top_blocks(
     selected,  # to be written: [T, 1] pointers to the first of TOP_K blocks, int32
     stored,  # [T] whether to write
     scores,  # [T, width] of blocks from `first` on
-    begin, end,  # [T] blocks [begin, end) that a token may take
+    begin, end,  # [T] blocks [begin, end) that a token may take, counted from `first`
     first, last, width,
     T: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
     """Write the blocks of the TOP_K best scores, best first, -1 where there are fewer.
 
-    Block b belongs to group (b - first) % GROUPS. The best of every group is kept; the best of
-    these is taken TOP_K times, and its group then looks for the next in its order, which is by
-    score, then by block.
+    Block b, counted from `first`, belongs to group b % GROUPS. The best of every group is kept; the
+    best of these is taken TOP_K times, and its group then looks for the next in its order, which is
+    by score, then by block.
     """
     NONE: tl.constexpr = -1.0
     FAR: tl.constexpr = 1 << 30
-    token = tl.arange(0, T)[:, None]
+    token = tl.arange(0, T)[:, None] * width
     group = tl.arange(0, GROUPS)[None, :]
     best = tl.zeros([T, GROUPS], tl.float32) + NONE
     block_of_best = tl.zeros([T, GROUPS], tl.int32)
-    for start in range(first, last, GROUPS):
+    for start in range(0, last - first, GROUPS):
         block = start + group
         inside = (block >= begin[:, None]) & (block < end[:, None])
-        score = tl.load(scores + token * width + (block - first), mask=inside, other=NONE)
+        score = tl.load(scores + token + block, mask=inside, other=NONE)
         better = score > best
         best = tl.where(better, score, best)
         block_of_best = tl.where(better, block, block_of_best)
     for slot in range(TOP_K):
         top = tl.max(best, 1)
         taken = tl.min(tl.where(best == top[:, None], block_of_best, FAR), 1)
-        result = tl.where(top > NONE, taken, -1)
+        result = tl.where(top > NONE, taken + first, -1)
         tl.store(selected + slot, result[:, None], mask=stored[:, None])
-        own = (taken - first) % GROUPS
-        block = first + own[:, None] + tl.arange(0, MEMBERS)[None, :] * GROUPS
+        own = taken % GROUPS
+        block = own[:, None] + tl.arange(0, MEMBERS)[None, :] * GROUPS
         inside = (block >= begin[:, None]) & (block < end[:, None])
-        score = tl.load(scores + token * width + (block - first), mask=inside, other=NONE)
+        score = tl.load(scores + token + block, mask=inside, other=NONE)
         later = (score < top[:, None]) | ((score == top[:, None]) & (block > taken[:, None]))
         score = tl.where(later, score, NONE)
         following = tl.max(score, 1)
@@ -261,24 +359,29 @@ def _store_top_blocks(
         block_of_best = tl.where(changed, block[:, None], block_of_best)
 
 
-@triton.jit(do_not_specialize=["n", "width"])
+@triton.jit(do_not_specialize=["n"])
 def select_places(
     q, k_cmp, lse,  # [N, Hq, D], [Nc, Hkv, D], [N, Hq] of the compression branch
     selected,  # [N, Hkv, top_k] int32
-    scratch,  # [programs, T, width] float32
+    scratch,  # [programs, T, width + PANEL * SLOTS] float32; where SLOTS is 1, [programs, T, width]
+    compression_range,  # [N, 2] compression blocks of each token's sample
     ranges,  # [N, 2] selection blocks of each token's sample
     inner,  # [Ns + 1] first compression block of each selection block
     n, width, scale,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr, BS: tl.constexpr, SLOTS: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr, PANEL: tl.constexpr,
     GROUPS: tl.constexpr, MEMBERS: tl.constexpr, TOP_K: tl.constexpr,
+    SOFT: tl.constexpr,
 ):  # fmt: skip
     """Top-k blocks by compression attention. Every program works through many tiles of tokens
-    with a scratch of its own, which stays in the cache: nothing is of size N x Nc.
+    with a scratch of its own, which stays in the cache: nothing is of size N x Nc. Where selection
+    blocks hold several compression blocks, these are scored PANEL selection blocks at a time.
     """
     M: tl.constexpr = T * GP
     rows = tl.arange(0, M)
-    scores = scratch + tl.program_id(0).to(tl.int64) * T * width
+    PANEL_WIDTH: tl.constexpr = 0 if SLOTS == 1 else PANEL * SLOTS
+    sums = scratch + tl.program_id(0).to(tl.int64) * T * (width + PANEL_WIDTH)
+    panel = sums + T * width
     for item in range(tl.program_id(0), tl.cdiv(n, T) * HKV, tl.num_programs(0)):
         h = item % HKV
         tile = item // HKV
@@ -292,14 +395,43 @@ def select_places(
         end = tl.load(ranges + 2 * tl.minimum(token, n - 1) + 1)
         first = tl.min(begin, 0)
         last = tl.max(end, 0)
-        _score_blocks(
-            q_tile, k_cmp + h * D, row_lse, scores, inner, first, last, width, HKV * D, scale,
-            GP, T, D, BS, SLOTS,
-        )  # fmt: skip
-        tl.debug_barrier()  # other threads of the program read what this one wrote
+        if SLOTS == 1:
+            lo = tl.load(compression_range + 2 * tile * T)
+            hi = tl.load(compression_range + 2 * tl.minimum(tile * T + T, n) - 1)
+            _score_blocks(
+                q_tile,
+                k_cmp + h * D,
+                row_lse,
+                sums,
+                lo,
+                hi,
+                width,
+                HKV * D,
+                scale,
+                GP,
+                T,
+                D,
+                BN,
+                SOFT,
+            )
+            tl.debug_barrier()  # other threads of the program read what this one wrote
+        else:
+            for start in range(first, last, PANEL):
+                stop = tl.minimum(start + PANEL, last)
+                lo = tl.load(inner + start)
+                hi = tl.load(inner + stop)
+                _score_blocks(
+                    q_tile, k_cmp + h * D, row_lse, panel, lo, hi, PANEL_WIDTH, HKV * D, scale,
+                    GP, T, D, BN, SOFT,
+                )  # fmt: skip
+                tl.debug_barrier()
+                _sum_slots(
+                    sums, panel, inner, lo, first, start, stop, width, PANEL_WIDTH, T, SLOTS, GROUPS
+                )
+                tl.debug_barrier()
         offsets = (token[:, None].to(tl.int64) * HKV + h) * TOP_K
         _store_top_blocks(
-            selected + offsets, token < n, scores, begin, end, first, last, width,
+            selected + offsets, token < n, sums, begin - first, end - first, first, last, width,
             T, GROUPS, MEMBERS, TOP_K,
         )  # fmt: skip
         tl.debug_barrier()  # before the next tile overwrites the scores
@@ -308,7 +440,8 @@ def select_places(
 @triton.jit(do_not_specialize=["first", "n"])
 def combine_places(
     out,  # [N, Hq, D]: the window branch; becomes the gated sum of the three
-    out_cmp, out_sel, lse_sel,  # [N, Hq, D], [N, Hq, D] and [N, Hq] to be written
+    out_cmp, out_sel,  # [N, Hq, D], to be written the second
+    lse_cmp, lse_sel, lse_win,  # [N, Hq], to be written the second; become less log2 of the gate
     partial, partial_lse,  # [chunk, Hkv, top_k, G, D], [chunk, Hkv, top_k, G]
     selected, gates,  # [N, Hkv, top_k], [N, 3]
     first, n,  # tokens [first, n) of the chunk
@@ -328,7 +461,7 @@ def combine_places(
     m = tl.full([M], MASKED, tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
-    for i in range(TOP_K):
+    for i in tl.range(TOP_K, loop_unroll_factor=4):
         taken = (tl.load(selected + slot + i) >= 0) & inside
         line = (pair + i) * G + heads
         row_lse = tl.load(partial_lse + line, mask=taken, other=MASKED)
@@ -341,16 +474,21 @@ def combine_places(
         total = total * shrink + weight
         acc = acc * shrink[:, None] + values.to(tl.float32) * weight[:, None]
         m = m_new
-    acc = acc / tl.maximum(total, 1e-30)[:, None]
+    inverse = 1.0 / tl.maximum(total, 1e-30)
+    acc = acc * inverse[:, None]
     row = tokens * (HKV * G) + h * G + heads
     offsets = row[:, None] * D + tl.arange(0, D)[None, :]
     compression = tl.load(out_cmp + offsets).to(tl.float32)
     window = tl.load(out + offsets).to(tl.float32)
-    gate = gates + tokens * 3
-    mixed = tl.load(gate).to(tl.float32)[:, None] * compression
-    mixed += tl.load(gate + 1).to(tl.float32)[:, None] * acc
-    mixed += tl.load(gate + 2).to(tl.float32)[:, None] * window
+    gate_cmp = tl.load(gates + tokens * 3).to(tl.float32)
+    gate_sel = tl.load(gates + tokens * 3 + 1).to(tl.float32)
+    gate_win = tl.load(gates + tokens * 3 + 2).to(tl.float32)
+    mixed = gate_cmp[:, None] * compression + gate_sel[:, None] * acc + gate_win[:, None] * window
     dtype = out.dtype.element_ty
     tl.store(out_sel + offsets, acc.to(dtype), mask=inside[:, None])
-    tl.store(lse_sel + row, m + tl.log2(tl.maximum(total, 1e-30)), mask=inside)
     tl.store(out + offsets, mixed.to(dtype), mask=inside[:, None])
+    # With these the backward pass gets gate * probability from one exponential.
+    row_lse = m + tl.log2(tl.maximum(total, 1e-30))
+    tl.store(lse_sel + row, row_lse - tl.log2(gate_sel), mask=inside)
+    tl.store(lse_cmp + row, tl.load(lse_cmp + row) - tl.log2(gate_cmp), mask=inside)
+    tl.store(lse_win + row, tl.load(lse_win + row) - tl.log2(gate_win), mask=inside)

@@ -9,6 +9,7 @@ once for several tokens, and matrix instructions are full. Each pair leaves a pa
 are merged chunk by chunk of tokens, which bounds the memory.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,36 +22,44 @@ from kernels import ssa_forward as forward_kernels
 from kernels.ssa import SSALayout
 
 LOG2_E = 1.4426950408889634
-PARTIAL_BYTES = 1 << 28  # partial results of the selection branch held at once
+PARTIAL_BYTES = 200 << 20  # partial results of the selection branch held at once
 SCRATCH_BYTES = 1 << 27  # scores of the tokens whose blocks are being chosen
-ROUNDS = 4  # tiles of pairs a program works through
+PAIRS_A_PROGRAM = 32  # of one block, in the forward pass
+PAIRS_A_BACKWARD_PROGRAM = 128
 SELECT_GROUPS = 128  # groups of blocks whose best scores are kept while choosing
-PROGRAMS_A_MULTIPROCESSOR = 6  # of the persistent select kernel
+SELECT_PANEL = 2048  # compression blocks that are scored before they are summed
+PROGRAMS_A_MULTIPROCESSOR = 3  # that run at once, at 168 registers a thread
+SOFT_EXPONENTIALS = False
 HEAD_DIMS = (32, 64, 128)
 MAX_GROUP = 32  # query heads a KV head
 MAX_RATIO = 4  # selection side over compression side
+# Base-2 logits within +-limit need no running maximum: their exponentials are normal numbers.
+LIMITS = {torch.float16: 12.0, torch.bfloat16: 60.0, torch.float32: 60.0}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is launched: rows (token, head) and keys of a tile, warps, pipeline stages."""
+    """How a kernel is launched: rows (token, head) and keys of a tile, warps, pipeline stages, and
+    the registers a thread may have at head dim 32 (more of its programs then run side by side).
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # Fastest on an H200 at head dim 32 of those tried; see benchmarks/README.md.
 TILES = {
-    "attend": Tile(128, 64, 4, 3),
-    "pairs": Tile(128, 32, 4, 2),
+    "attend": Tile(128, 64, 4, 3, 168),
+    "pairs": Tile(128, 32, 4, 2, 168),
     "select": Tile(128, 64, 4, 4),
     "combine": Tile(32, 0, 4, 1),
     "dq": Tile(64, 64, 4, 3),
-    "dq_pairs": Tile(64, 32, 4, 2),
-    "dkv": Tile(128, 64, 4, 1),
-    "dkv_pairs": Tile(128, 64, 4, 1),
+    "dkv": Tile(64, 64, 4, 3, 168),
+    "dkv_window": Tile(64, 64, 4, 2, 168),
+    "backward_pairs": Tile(64, 64, 4, 3, 168),
 }
 
 
@@ -92,7 +101,7 @@ def operator_arguments(
     gates: Tensor,
     layout: SSALayout,
     top_k: int,
-) -> tuple[Tensor | int, ...]:
+) -> tuple[Tensor | list[Tensor] | int, ...]:
     """Return the arguments of `ssa_forward`; raise ValueError for what the kernels lack."""
     group, dim = q.shape[1] // k.shape[1], q.shape[2]
     ratio = layout.selection // layout.compression
@@ -109,18 +118,23 @@ def operator_arguments(
         )
     return (
         *(x.contiguous() for x in (q, k, v, k_cmp, v_cmp, gates)),
-        layout.selection_starts,
-        layout.selection_compression,
-        layout.compression_range,
-        layout.selection_range,
-        layout.compression_tokens,
-        layout.window_order,
-        layout.window_range,
+        [getattr(layout, name) for name in TABLES],
         top_k,
         layout.counts.selection,
         ratio**3,
-        layout.selection**3,
     )
+
+
+# The layout's tables that the kernels read, in this order.
+TABLES = (
+    "selection_starts",
+    "selection_compression",
+    "compression_range",
+    "selection_range",
+    "compression_tokens",
+    "window_order",
+    "window_range",
+)
 
 
 @torch.library.custom_op("gigashape::ssa_forward", mutates_args=())
@@ -131,22 +145,18 @@ def ssa_forward(
     k_cmp: Tensor,
     v_cmp: Tensor,
     gates: Tensor,
-    selection_starts: Tensor,
-    selection_compression: Tensor,
-    compression_range: Tensor,
-    selection_range: Tensor,
-    compression_tokens: Tensor,  # noqa: ARG001  (for the backward)
-    window_order: Tensor,
-    window_range: Tensor,
+    tables: Sequence[Tensor],
     top_k: int,
     num_selection: int,
     slots: int,
-    block_tokens: int,  # noqa: ARG001  (for the backward)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return output, compression and selection branch [N, Hq, D], log2-sum-exp [3, N, Hq] float32
-    (compression, selection, window), selected [N, Hkv, top_k], and the sorted pairs: the pairs and
-    the first of each KV head, block and chunk (`_sort_pairs`).
+    """Return output, compression and selection branch [N, Hq, D], log2-sum-exp less log2 gate
+    [3, N, Hq] float32 (compression, selection, window), selected [N, Hkv, top_k], and the sorted
+    pairs: the pairs and the first of each KV head, block and chunk (`_sort_pairs`).
+
+    slots: compression blocks that a selection block can hold. A block without a voxel is none.
     """
+    starts, inner, compression_range, selection_range, _, window_order, window_range = tables
     n, heads, dim = q.shape
     kv_heads = k.shape[1]
     out, out_cmp, out_sel = (torch.empty_like(q) for _ in range(3))
@@ -154,48 +164,28 @@ def ssa_forward(
     selected = torch.empty(n, kv_heads, top_k, dtype=torch.int32, device=q.device)
     scale = dim**-0.5 * LOG2_E
 
-    shape, launch, grid = _launch("attend", q, k)
-    forward_kernels.attend_places[grid(n)](
-        q,
-        k,
-        v,
-        out,
-        lse[2],
-        window_order,
-        window_range,
-        n,
-        scale,
-        HAS_ORDER=True,
-        **shape,
-        **launch,
-    )
-    forward_kernels.attend_places[grid(n)](
-        q, k_cmp, v_cmp, out_cmp, lse[0], window_order, compression_range, n, scale,
-        HAS_ORDER=False, **shape, **launch,
-    )  # fmt: skip
+    largest = _attend(q, k, v, out, lse[2], window_order, window_range)
+    _attend(q, k_cmp, v_cmp, out_cmp, lse[0], None, compression_range)
 
     shape, launch, _ = _launch("select", q, k)
-    padded_slots = triton.next_power_of_2(slots)
-    blocks_a_tile = max(1, shape.pop("BN") // padded_slots)
+    width = triton.cdiv(num_selection, 16) * 16  # rows that loads may vectorise
+    panel = max(SELECT_GROUPS, SELECT_PANEL // slots)
+    line = shape["T"] * (width + (0 if slots == 1 else panel * slots))
     items = triton.cdiv(n, shape["T"]) * kv_heads
-    row_bytes = 4 * shape["T"] * num_selection
-    programs = max(1, min(items, _programs(q), SCRATCH_BYTES // row_bytes))
-    scratch = torch.empty(programs, shape["T"], num_selection, device=q.device)
+    programs = max(1, min(items, _programs(q), SCRATCH_BYTES // (4 * line)))
+    scratch = torch.empty(programs, line, device=q.device)
     forward_kernels.select_places[(programs,)](
-        q, k_cmp, lse[0], selected, scratch, selection_range, selection_compression,
-        n, num_selection, scale, BS=blocks_a_tile, SLOTS=padded_slots,
-        GROUPS=SELECT_GROUPS,
+        q, k_cmp, lse[0], selected, scratch, compression_range, selection_range, inner,
+        n, width, scale, SLOTS=slots, PANEL=panel, GROUPS=SELECT_GROUPS,
         MEMBERS=triton.next_power_of_2(triton.cdiv(num_selection, SELECT_GROUPS)), TOP_K=top_k,
-        **shape, **launch,
+        SOFT=_soft(q),        **shape, **launch,
     )  # fmt: skip
     del scratch
 
     chunk = _chunk(q, top_k)
     order, segments = _sort_pairs(selected, num_selection, chunk)
     shape, launch, _ = _launch("pairs", q, k)
-    tiles = _pair_tiles(
-        segments, -(-n // chunk), min(chunk, n) * kv_heads * top_k, ROUNDS * shape["T"]
-    )
+    tiles = _pair_tiles(segments, -(-n // chunk), min(chunk, n) * kv_heads * top_k, PAIRS_A_PROGRAM)
     partial = q.new_empty(min(chunk, n), kv_heads, top_k, heads // kv_heads, dim)
     partial_lse = torch.empty(partial.shape[:-1], dtype=torch.float32, device=q.device)
     combine_shape, combine_launch, grid = _launch("combine", q, k)
@@ -203,20 +193,19 @@ def ssa_forward(
     for i, first in enumerate(range(0, n, chunk)):
         last = min(first + chunk, n)
         forward_kernels.attend_pairs[(tiles.shape[1],)](
-            q, k, v, partial, partial_lse, order, tiles[i], selection_starts,
-            first * kv_heads * top_k, num_selection, scale, PAIRS=kv_heads * top_k,
-            **shape, **launch,
+            q, k, v, partial, partial_lse, largest, order, tiles[i], starts,
+            first * kv_heads * top_k, num_selection, scale, LIMITS[q.dtype], PAIRS=kv_heads * top_k,
+            SOFT=_soft(q),            **shape, **launch,
         )  # fmt: skip
         forward_kernels.combine_places[grid(last - first)](
-            out, out_cmp, out_sel, lse[1], partial, partial_lse, selected, gates, first, last,
-            TOP_K=top_k, **combine_shape, **combine_launch,
+            out, out_cmp, out_sel, lse[0], lse[1], lse[2], partial, partial_lse, selected, gates,
+            first, last, TOP_K=top_k, **combine_shape, **combine_launch,
         )  # fmt: skip
     return out, out_cmp, out_sel, lse, selected, order, segments
 
 
 @ssa_forward.register_fake
-def _(q, k, v, k_cmp, v_cmp, gates, *tables_and_numbers):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    top_k, num_selection = tables_and_numbers[-4:-2]
+def _(q, k, v, k_cmp, v_cmp, gates, tables, top_k, num_selection, slots):  # type: ignore[no-untyped-def]  # noqa: ARG001
     n, heads, _ = q.shape
     kv_heads = k.shape[1]
     chunks = -(-n // _chunk(q, top_k))
@@ -234,27 +223,19 @@ def _(q, k, v, k_cmp, v_cmp, gates, *tables_and_numbers):  # type: ignore[no-unt
 @torch.library.custom_op("gigashape::ssa_backward", mutates_args=())
 def ssa_backward(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    gates: Tensor,
-    out_cmp: Tensor,
-    out_sel: Tensor,
-    lse: Tensor,
-    selected: Tensor,
-    order: Tensor,
-    segments: Tensor,
-    selection_starts: Tensor,
-    compression_range: Tensor,
-    compression_tokens: Tensor,
-    window_order: Tensor,
-    window_range: Tensor,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    tables: Sequence[Tensor],
     num_selection: int,
-    block_tokens: int,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v, k_cmp, v_cmp and gates."""
+    """Return the gradients of q, k, v, k_cmp, v_cmp and gates.
+
+    inputs are these, outputs what `ssa_forward` returns behind the output, tables as there.
+    """
+    q, k, v, k_cmp, v_cmp, gates = inputs
+    out_cmp, out_sel, lse, selected, order, segments = outputs
+    starts, _, compression_range, _, compression_tokens, window_order, window_range = tables
     n, heads, dim = q.shape
     kv_heads, top_k = selected.shape[1:]
     q_scale = dim**-0.5
@@ -263,74 +244,61 @@ def ssa_backward(
 
     # The window branch is computed again rather than kept, in what becomes the gradient of q.
     dq = torch.empty_like(q)
-    shape, launch, grid = _launch("attend", q, k)
-    forward_kernels.attend_places[grid(n)](
-        q, k, v, dq, lse[2], window_order, window_range, n, scale, HAS_ORDER=True, **shape, **launch
-    )
-    delta = torch.empty_like(lse)
+    stats = torch.empty(3, n, heads, 2, dtype=torch.float32, device=q.device)
+    _attend(q, k, v, dq, stats[0], window_order, window_range)
     grad_gates = torch.empty(kv_heads, n, 3, dtype=torch.float32, device=q.device)
     shape, launch, grid = _launch("combine", q, k)
     del shape["BN"]
     backward_kernels.prepare_backward[grid(n)](
-        grad, out_cmp, out_sel, dq, delta[0], delta[1], delta[2], grad_gates, n,
-        **shape, **launch,
+        grad, out_cmp, out_sel, dq, lse[0], lse[1], lse[2], stats[0], stats[1], stats[2],
+        grad_gates, n, **shape, **launch,
     )  # fmt: skip
 
-    place_shape, place_launch, grid = _launch("dq", q, k)
+    dq_shape, dq_launch, grid = _launch("dq", q, k)
     backward_kernels.dq_places[grid(n)](
-        q, k, v, grad, gates, lse[2], delta[2], dq, window_order, window_range, dq, selected,
-        0, n, scale, q_scale, BRANCH=2, PARTIALS=0, HAS_ORDER=True, **place_shape, **place_launch,
+        q, k, v, grad, stats[2], dq, window_order, window_range, dq, selected,
+        0, n, scale, q_scale, PARTIALS=0, HAS_ORDER=True, **dq_shape, **dq_launch,
     )  # fmt: skip
-    chunk = _chunk(q, top_k)
-    shape, launch, _ = _launch("dq_pairs", q, k)
-    tiles = _pair_tiles(
-        segments, -(-n // chunk), min(chunk, n) * kv_heads * top_k, ROUNDS * shape["T"]
-    )
-    partial = q.new_empty(min(chunk, n), kv_heads, top_k, heads // kv_heads, dim)
-    for i, first in enumerate(range(0, n, chunk)):
-        last = min(first + chunk, n)
-        backward_kernels.dq_pairs[(tiles.shape[1],)](
-            q, k, v, grad, gates, lse[1], delta[1], partial, order, tiles[i], selection_starts,
-            first * kv_heads * top_k, num_selection, scale, q_scale, PAIRS=kv_heads * top_k,
-            **shape, **launch,
-        )  # fmt: skip
-        backward_kernels.dq_places[grid(last - first)](
-            q, k_cmp, v_cmp, grad, gates, lse[0], delta[0], dq, window_order, compression_range,
-            partial, selected, first, last, scale, q_scale,
-            BRANCH=0, PARTIALS=top_k, HAS_ORDER=False, **place_shape, **place_launch,
-        )  # fmt: skip
-    del partial
-
+    shape, launch, _ = _launch("dkv_window", q, k)
+    dk, dv = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
+    backward_kernels.dkv_places[(triton.cdiv(n, shape["BN"]), kv_heads, 1)](
+        q, k, v, grad, stats[2], dk, dv, window_order, window_range, window_range, n, scale,
+        q_scale, HAS_ORDER=True, **shape, **launch,
+    )  # fmt: skip
     shape, launch, _ = _launch("dkv", q, k)
-    dk_win = torch.empty(k.shape, dtype=torch.float32, device=k.device)
-    dv_win = torch.empty_like(dk_win)
-    key_tiles = triton.cdiv(n, shape["BN"])
-    backward_kernels.dkv_places[(key_tiles, kv_heads, 1)](
-        q, k, v, grad, gates, lse[2], delta[2], dk_win, dv_win, window_order, window_range,
-        window_range, n, scale, q_scale, BRANCH=2, HAS_ORDER=True, **shape, **launch,
-    )  # fmt: skip
     nc = len(k_cmp)
     key_tiles = triton.cdiv(nc, shape["BN"])
-    splits = min(_splits(key_tiles * kv_heads), triton.cdiv(n, shape["T"]))
+    splits = min(_splits(q, key_tiles * kv_heads), triton.cdiv(n, shape["T"]))
     dk_cmp = torch.empty(splits, *k_cmp.shape, dtype=torch.float32, device=k.device)
     dv_cmp = torch.empty_like(dk_cmp)
     backward_kernels.dkv_places[(key_tiles, kv_heads, splits)](
-        q, k_cmp, v_cmp, grad, gates, lse[0], delta[0], dk_cmp, dv_cmp, window_order,
-        compression_range, compression_tokens, nc, scale, q_scale,
-        BRANCH=0, HAS_ORDER=False, **shape, **launch,
+        q, k_cmp, v_cmp, grad, stats[0], dk_cmp, dv_cmp, window_order, compression_range,
+        compression_tokens, nc, scale, q_scale, HAS_ORDER=False, **shape, **launch,
     )  # fmt: skip
-    shape, launch, _ = _launch("dkv_pairs", q, k)
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    tiles_a_block = triton.cdiv(min(n, block_tokens), shape["BN"])
-    backward_kernels.dkv_pairs[(kv_heads * num_selection * tiles_a_block,)](
-        q, k, v, grad, gates, lse[1], delta[1], dk_win, dv_win, dk, dv, order, segments,
-        selection_starts, num_selection, -(-n // chunk), tiles_a_block, scale, q_scale,
-        PAIRS=kv_heads * top_k, **shape, **launch,
-    )  # fmt: skip
+
+    chunk = _chunk(q, top_k)
+    shape, launch, _ = _launch("backward_pairs", q, k)
+    pairs = min(chunk, n) * kv_heads * top_k
+    # Of one program a block, the sums of a block's programs need no order.
+    pairs_a_program = pairs if deterministic else PAIRS_A_BACKWARD_PROGRAM
+    tiles = _pair_tiles(segments, -(-n // chunk), pairs, pairs_a_program)
+    partial = q.new_empty(min(chunk, n), kv_heads, top_k, heads // kv_heads, dim)
+    for i, first in enumerate(range(0, n, chunk)):
+        last = min(first + chunk, n)
+        backward_kernels.backward_pairs[(tiles.shape[1],)](
+            q, k, v, grad, stats[1], dk, dv, partial, order, tiles[i], starts,
+            first * kv_heads * top_k, num_selection, scale, q_scale,
+            PAIRS=kv_heads * top_k, **shape, **launch,
+        )  # fmt: skip
+        backward_kernels.dq_places[grid(last - first)](
+            q, k_cmp, v_cmp, grad, stats[0], dq, window_order, compression_range,
+            partial, selected, first, last, scale, q_scale,
+            PARTIALS=top_k, HAS_ORDER=False, **dq_shape, **dq_launch,
+        )  # fmt: skip
     return (
         dq,
-        dk,
-        dv,
+        dk.to(k.dtype),
+        dv.to(v.dtype),
         dk_cmp.sum(0).to(k.dtype),
         dv_cmp.sum(0).to(v.dtype),
         grad_gates.sum(0).to(gates.dtype),
@@ -338,48 +306,75 @@ def ssa_backward(
 
 
 @ssa_backward.register_fake
-def _(grad, q, k, v, k_cmp, v_cmp, gates, *others):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    return tuple(torch.empty_like(x) for x in (q, k, v, k_cmp, v_cmp, gates))
+def _(grad, inputs, outputs, tables, num_selection, deterministic):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    return tuple(torch.empty_like(x) for x in inputs)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, k_cmp, v_cmp, gates, starts, _, compression_range, _, compression_tokens = inputs[:11]
-    _, out_cmp, out_sel, lse, selected, order, segments = output
-    ctx.save_for_backward(
-        q, k, v, k_cmp, v_cmp, gates, out_cmp, out_sel, lse, selected, order, segments,
-        starts, compression_range, compression_tokens, *inputs[11:13],
-    )  # fmt: skip
-    ctx.num_selection, ctx.block_tokens = inputs[14], inputs[16]
-    ctx.mark_non_differentiable(out_cmp, out_sel, lse, selected, order, segments)
+    *tensors, tables, _, num_selection, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:], *tables)
+    ctx.num_selection = num_selection
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros the size of the branches
 
 
 def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    grads = ssa_backward(grad, *ctx.saved_tensors, ctx.num_selection, ctx.block_tokens)
-    return (*grads, *[None] * 11)
+    saved = ctx.saved_tensors
+    grads: tuple[Tensor | None, ...] = (None,) * 6
+    if grad is not None:
+        grads = ssa_backward(
+            grad, saved[:6], saved[6:12], saved[12:], ctx.num_selection,
+            torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+    return *grads, [None] * len(TABLES), None, None, None
 
 
 ssa_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.gigashape.ssa_forward)
-def _forward_flops(q, k, v, k_cmp, *others, out_shape=None):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _forward_flops(q, k, v, k_cmp, v_cmp, gates, tables, top_k, num_selection, *_, out_shape=None):  # type: ignore[no-untyped-def]  # noqa: ARG001
     """Count two products of every branch and the scores' one; blocks and windows of mean size.
 
     The compression blocks of a batch count as if they were of one sample.
     """
     n, heads, dim = q
-    top_k, num_selection = others[-4:-2]
     local = (top_k + 1) * n // max(num_selection, 1)
     return 2 * n * heads * dim * (3 * k_cmp[0] + 2 * local)
 
 
 @register_flop_formula(torch.ops.gigashape.ssa_backward)
-def _backward_flops(grad, q, k, v, k_cmp, *others, out_shape=None):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    """Count five products of every branch, as is usual, though the kernels take seven."""
-    n, heads, dim = q
-    top_k, num_selection = others[5][2], others[-2]
+def _backward_flops(grad, inputs, outputs, tables, num_selection, *_, out_shape=None):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """Count five products of every branch, as is usual, though the kernels take some twice."""
+    n, heads, dim = inputs[0]
+    top_k = outputs[3][2]
     local = (top_k + 1) * n // max(num_selection, 1)
-    return 2 * n * heads * dim * 5 * (k_cmp[0] + local)
+    return 2 * n * heads * dim * 5 * (inputs[3][0] + local)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    order: Tensor | None,
+    ranges: Tensor,
+) -> Tensor:
+    """Write softmax attention of every token over its own range, and the log2-sum-exps.
+
+    Returns a bound [Hkv] of the base-2 logits with all keys.
+    """
+    n, _, dim = q.shape
+    shape, launch, grid = _launch("attend", q, k)
+    longest = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax(0)
+    largest = torch.empty(grid(n), dtype=torch.float32, device=q.device)
+    forward_kernels.attend_places[grid(n)](
+        q, k, v, out, lse, longest, largest, ranges if order is None else order, ranges, n,
+        dim**-0.5 * LOG2_E, LIMITS[q.dtype], HAS_ORDER=order is not None,
+        SOFT=_soft(q), **shape, **launch,
+    )  # fmt: skip
+    return largest.amax(0)
 
 
 def _launch(kernel: str, q: Tensor, k: Tensor):  # type: ignore[no-untyped-def]
@@ -391,15 +386,21 @@ def _launch(kernel: str, q: Tensor, k: Tensor):  # type: ignore[no-untyped-def]
     padded = triton.next_power_of_2(group)
     if dim * q.element_size() > 128:  # keeps the tiles within shared memory and registers
         tile = replace(tile, rows=tile.rows // 2, stages=1, keys=min(tile.keys, 32))
+    registers = tile.registers if dim * q.element_size() <= 64 else None
     tokens = max(1, tile.rows // padded)
     tokens = max(tokens, triton.cdiv(16, padded))  # a matrix instruction has 16 rows at least
     shape = {"HKV": kv_heads, "G": group, "GP": padded, "T": tokens, "D": dim, "BN": tile.keys}
-    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+    launch = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": registers}
 
     def grid(n: int) -> tuple[int, int]:
         return triton.cdiv(n, tokens), kv_heads
 
     return shape, launch, grid
+
+
+def _soft(q: Tensor) -> bool:
+    """Return whether a share of the exponentials is computed by a polynomial."""
+    return SOFT_EXPONENTIALS and q.device.type == "cuda"
 
 
 def _chunk(q: Tensor, top_k: int) -> int:
@@ -409,16 +410,22 @@ def _chunk(q: Tensor, top_k: int) -> int:
 
 
 def _programs(q: Tensor) -> int:
-    """Return the size of a persistent grid."""
+    """Return the programs that run at once: the size of a persistent grid."""
     if q.device.type != "cuda":
         return 3  # the interpreter: enough that a program works through several tiles
     count = torch.cuda.get_device_properties(q.device).multi_processor_count
     return count * PROGRAMS_A_MULTIPROCESSOR
 
 
-def _splits(programs: int) -> int:
-    """Return the shares of rows that fill the device when there are few tiles of keys."""
-    return max(1, min(64, 1024 // programs))
+def _splits(q: Tensor, programs: int) -> int:
+    """Return the shares of rows whose programs fill the device in about whole waves."""
+    wave = _programs(q)
+
+    def idle(splits: int) -> float:
+        total = splits * programs
+        return -(-total // wave) * wave / total
+
+    return min(range(1, 33), key=idle)
 
 
 def _sort_pairs(selected: Tensor, num_selection: int, chunk: int) -> tuple[Tensor, Tensor]:
