@@ -7,7 +7,7 @@ from pydantic import Field
 
 from flows.progress import Progress
 from flows.run import Tracked, data_root, tracked
-from flows.stages import train_stage
+from flows.stages import Means, train_stage
 from tasks import models, tracking
 from tasks.catalogue import DatasetVersion, open_version
 from tasks.dataset import log_dataset, samples_of
@@ -27,6 +27,7 @@ def train_dit(
     vae: str | None = None,
     workers: Annotated[int, Field(ge=1)] = 1,
     fresh: bool = False,
+    training_dir: str | None = None,
 ) -> list[str]:
     """Train diffusion transformers, and register them.
 
@@ -43,6 +44,8 @@ def train_dit(
             champion.
         workers: processes that train together, a GPU each where there are GPUs.
         fresh: train from the start, even where this was done or begun before.
+        training_dir: folder for checkpoints, on storage that all workers see; None takes `training`
+            in the data folder, which must then be a folder and no address.
     """
     data = data_root(data)
     sizes = load_preset(preset)
@@ -51,6 +54,7 @@ def train_dit(
     if unknown := [stage for stage in wanted if stage not in known]:
         raise ValueError(f'stages {unknown} are not in preset "{sizes.name}": take of {known}')
     dataset = open_version(data, version)
+    means = Means(workers, fresh, training_dir)
     params = {"preset": sizes, "dataset": dataset.name, "stages": wanted}
     name = f"{'+'.join(wanted)}-{dataset.name}"
     with tracked("train-dit", name, data, params, resume=True) as tracking_run:
@@ -58,16 +62,14 @@ def train_dit(
         done = {}
         for stage in wanted:
             if stage == "structure":
-                done[stage] = _train_structure(sizes, dataset, tracking_run, workers, fresh)
+                done[stage] = _train_structure(sizes, dataset, tracking_run, means)
             else:
-                done[stage] = _train_sparse(
-                    stage, sizes, dataset, tracking_run, vae, done, workers, fresh
-                )
+                done[stage] = _train_sparse(stage, sizes, dataset, tracking_run, means, vae, done)
         return list(done.values())
 
 
 def _train_structure(
-    preset: Preset, dataset: DatasetVersion, tracked: Tracked, workers: int, fresh: bool
+    preset: Preset, dataset: DatasetVersion, tracked: Tracked, means: Means
 ) -> str:
     """Train the occupancy VAE and the transformer over its latents; return NAME/VERSION."""
     samples = tuple(samples_of(dataset))
@@ -76,7 +78,7 @@ def _train_structure(
     job = TrainingJob(
         "structure-vae", preset, dataset.root, samples, dataset.digest, provenance=provenance
     )
-    autoencoder = models.reference(train_stage(job, tracked, workers, fresh, tags))
+    autoencoder = models.reference(train_stage(job, tracked, means, tags))
     with Progress("encode-structure", "asset") as bar:
         resolution = structure_resolution(preset)
         latents = encode(dataset, autoencoder, resolution, tracked.run.uri, bar.update)
@@ -91,7 +93,7 @@ def _train_structure(
         autoencoder=tracking.download_model(autoencoder, tracked.run.uri),
     )
     tags |= {"autoencoder": autoencoder}
-    return models.reference(train_stage(job, tracked, workers, fresh, tags))
+    return models.reference(train_stage(job, tracked, means, tags))
 
 
 def _train_sparse(
@@ -99,10 +101,9 @@ def _train_sparse(
     preset: Preset,
     dataset: DatasetVersion,
     tracked: Tracked,
+    means: Means,
     vae: str | None,
     done: dict[str, str],
-    workers: int,
-    fresh: bool,
 ) -> str:
     """Train one SS-DiT stage; `done` names those trained before it. Return NAME/VERSION."""
     uri = tracked.run.uri
@@ -130,4 +131,4 @@ def _train_sparse(
         "dataset_digest": dataset.digest,
         "autoencoder": autoencoder,
     }
-    return models.reference(train_stage(job, tracked, workers, fresh, tags))
+    return models.reference(train_stage(job, tracked, means, tags))

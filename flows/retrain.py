@@ -30,6 +30,7 @@ def retrain(
     data: str = "data",
     refresh: bool = True,
     workers: Annotated[int, Field(ge=1)] = 1,
+    training_dir: str | None = None,
     min_gain: Annotated[float, Field(ge=0, le=1)] = 0.0,
 ) -> dict[str, str]:
     """Refresh the dataset, train what it changes, and promote models that beat the champions.
@@ -44,6 +45,8 @@ def retrain(
         data: data folder, or an address such as s3://bucket/folder.
         refresh: refresh the dataset first; otherwise take its newest version.
         workers: processes that train together, a GPU each where there are GPUs.
+        training_dir: folder for checkpoints, on storage that all workers see; None takes `training`
+            in the data folder, which must then be a folder and no address.
         min_gain: how much better a score must be for a promotion, 0 to 1.
     """
     data = data_root(data)
@@ -57,7 +60,7 @@ def retrain(
     with tracked("retrain", f"retrain-{sizes.name}", data, {"preset": sizes.name}) as tracking_run:
         if refresh:
             refresh_dataset(source=source, preset=preset, data=data)
-        train_vae(preset=preset, data=data, workers=workers)
+        train_vae(preset=preset, data=data, workers=workers, training_dir=training_dir)
         decisions = {
             vae_stage: _decide(
                 [vae_stage], "reconstruction", RECONSTRUCTION_SCORE, tracking_run, preset, data,
@@ -65,7 +68,7 @@ def retrain(
             )
         }  # fmt: skip
         vae = encode_latents(preset=preset, data=data)
-        train_dit(preset=preset, data=data, vae=vae, workers=workers)
+        train_dit(preset=preset, data=data, vae=vae, workers=workers, training_dir=training_dir)
         decisions["transformers"] = _decide(
             transformers, "generation", GENERATION_SCORE, tracking_run, preset, data, min_gain
         )

@@ -1,7 +1,9 @@
 """What the training flows share: train a stage on Ray unless that was done, and register it."""
 
 import logging
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import ray
 
@@ -15,12 +17,27 @@ from tasks.tracking import ModelVersion
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Means:
+    """How a flow trains its stages.
+
+    workers: processes that train together. fresh: start anew even where this was done or begun.
+    training_dir: folder for checkpoints; None takes `training` in the data folder.
+    """
+
+    workers: int
+    fresh: bool
+    training_dir: str | None
+
+
 def train_stage(
-    job: TrainingJob, tracked: Tracked, workers: int, fresh: bool, tags: dict[str, str]
+    job: TrainingJob, tracked: Tracked, means: Means, tags: dict[str, str]
 ) -> ModelVersion:
     """Train one stage and register it; return the registered version if nothing changed."""
     run = tracked.run
-    found = None if fresh else models.registered(job.stage, job.run_name, run.uri)
+    if means.training_dir:
+        job = replace(job, training_dir=Path(means.training_dir).resolve())
+    found = None if means.fresh else models.registered(job.stage, job.run_name, run.uri)
     if found is not None and found.tags["finished"] == "True":
         logger.info(
             "%s: data and configuration are those of %s, so it is not trained again",
@@ -31,8 +48,8 @@ def train_stage(
     config = job.preset.training[job.stage]
     with Progress(job.stage, "step") as bar, watched(bar.update) as writer:
         report = partial(MLflowReport, run.run_id, run.uri, job.stage, config.steps, writer)
-        use_gpu = ray.cluster_resources().get("GPU", 0) >= workers
-        result = train_on_ray(job, report, workers, use_gpu, fresh=fresh)
+        use_gpu = ray.cluster_resources().get("GPU", 0) >= means.workers
+        result = train_on_ray(job, report, means.workers, use_gpu, fresh=means.fresh)
     if not result.finished:
         logger.warning(
             "%s: stopped by max_minutes at step %d of %d", job.stage, result.step, config.steps

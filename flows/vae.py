@@ -6,7 +6,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.run import data_root, tracked
-from flows.stages import train_stage
+from flows.stages import Means, train_stage
 from tasks import models, tracking
 from tasks.catalogue import open_version
 from tasks.dataset import log_dataset, samples_of
@@ -21,6 +21,7 @@ def train_vae(
     version: Annotated[int, Field(ge=0)] | None = None,
     workers: Annotated[int, Field(ge=1)] = 1,
     fresh: bool = False,
+    training_dir: str | None = None,
 ) -> str:
     """Train the sparse SDF VAE, and register it.
 
@@ -33,12 +34,15 @@ def train_vae(
         version: dataset version to train on, a number; None takes the newest.
         workers: processes that train together, a GPU each where there are GPUs.
         fresh: train from the start, even where this was done or begun before.
+        training_dir: folder for checkpoints, on storage that all workers see; None takes `training`
+            in the data folder, which must then be a folder and no address.
     """
     data = data_root(data)
     sizes = load_preset(preset)
     dataset = open_version(data, version)
     samples = tuple(samples_of(dataset))
     stages = [name for name in sizes.training if name.startswith("vae")]
+    means = Means(workers, fresh, training_dir)
     params = {"preset": sizes, "dataset": dataset.name}
     with tracked("train-vae", f"vae-{dataset.name}", data, params, resume=True) as tracking_run:
         run = tracking_run.run
@@ -56,6 +60,6 @@ def train_vae(
                 provenance={"dataset": dataset.digest},
             )
             tags = {"dataset": dataset.name, "dataset_digest": dataset.digest}
-            done = models.reference(train_stage(job, tracking_run, workers, fresh, tags))
+            done = models.reference(train_stage(job, tracking_run, means, tags))
         assert done is not None
         return done
