@@ -1,5 +1,6 @@
 """The whole product as a user runs it: server, worker, MLflow UI, deployments, schedules, runs."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 PROJECT = Path(__file__).resolve().parent.parent
 PRESET = PROJECT / "tests" / "minute.toml"
@@ -61,6 +63,20 @@ class Services:
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
+
+    def get(self, path: str) -> dict[str, object]:
+        with urllib.request.urlopen(f"{self.api}/{path}", timeout=30) as answer:
+            return json.load(answer)
+
+    def ray_processes(self) -> list[psutil.Process]:
+        """Ray's processes that a run on these services started."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                ours = process.environ().get("PREFECT_API_URL") == self.api
+                if ours and "ray" in " ".join(process.cmdline()).lower():
+                    found.append(process)
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +125,8 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for_run(services: Services, flow: str) -> str:
-    """Return the state in which the first run of a flow to end has ended."""
+def ended_run(services: Services, flow: str) -> dict[str, object]:
+    """Return the first run of a flow to end, once it has."""
     deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         query = {
@@ -120,17 +136,36 @@ def wait_for_run(services: Services, flow: str) -> str:
             },
         }
         if ended := services.post("flow_runs/filter", query):
-            return str(ended[0]["state_type"])
+            return ended[0]
         time.sleep(1)
-    return "none after 400 s"
+    raise AssertionError(f"no run of {flow} has ended after 400 s")
 
 
-@pytest.mark.timeout(900)
-def test_deployments_run_to_completion(services: Services) -> None:
+@pytest.fixture(scope="module")
+def retrained(services: Services) -> dict[str, object]:
+    """Everything is deployed, a refresh has run, and the retraining that it triggered."""
     # Twice: deploying again must change nothing and double nothing.
     for _ in range(2):
         deployed = services.gigashape("deploy")
         assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    parameters = {"source": "procedural:8", "preset": str(PRESET), "data": str(services.data)}
+    refreshed = services.prefect(
+        *("deployment", "run", "refresh-dataset/default", "--watch"),
+        *("--params", json.dumps(parameters)),
+    )
+    assert refreshed.returncode == 0, refreshed.stdout + refreshed.stderr
+    # Everything in the first version is new, which triggers a retraining by itself.
+    return ended_run(services, "retrain")
+
+
+@pytest.mark.timeout(600)
+def test_deployments_run_to_completion(services: Services, retrained: dict[str, object]) -> None:
+    assert retrained["state_type"] == "COMPLETED"
+    again = services.prefect(
+        *("deployment", "run", "retrain/default", "--watch"),
+        *("--params", json.dumps({"preset": str(PRESET), "data": str(services.data)})),
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
     deployments = services.post("deployments/filter", {})
     assert {d["name"] for d in deployments} == {"default"}
     assert len(deployments) == len(DEPLOYED)
@@ -138,26 +173,6 @@ def test_deployments_run_to_completion(services: Services) -> None:
     assert sorted(s["slug"] for s in schedules) == ["nightly", "weekly"]
     automations = services.post("automations/filter", {})
     assert len(automations) == 2, "the retrain trigger and the zombie automation"
-
-    parameters = {
-        "source": "procedural:8",
-        "preset": str(PRESET),
-        "data": str(services.data),
-    }
-    refreshed = services.prefect(
-        *("deployment", "run", "refresh-dataset/default", "--watch"),
-        *("--params", json.dumps(parameters)),
-    )
-    assert refreshed.returncode == 0, refreshed.stdout + refreshed.stderr
-
-    # Everything in the first version is new, which triggers a retraining by itself.
-    assert wait_for_run(services, "retrain") == "COMPLETED"
-    retrained = services.prefect(
-        *("deployment", "run", "retrain/default", "--watch"),
-        *("--params", json.dumps(parameters)),
-    )
-    assert retrained.returncode == 0, retrained.stdout + retrained.stderr
-
     # The scheduler really makes the runs that the schedules promise.
     scheduled = services.post(
         "flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
@@ -169,9 +184,42 @@ def test_deployments_run_to_completion(services: Services) -> None:
     for link in links:
         run_id = re.search(r"runs/([0-9a-f]+)", str(link))
         assert run_id, link
-        url = f"{services.mlflow}/api/2.0/mlflow/runs/get?run_id={run_id.group(1)}"
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            assert json.load(answer)["run"]["info"]["status"] == "FINISHED"
+        run = MlflowClient(services.mlflow).get_run(run_id.group(1))
+        assert run.info.status == "FINISHED"
+
+
+@pytest.mark.timeout(300)
+def test_cancelling_a_training_stops_its_workers(
+    services: Services, retrained: dict[str, object], tmp_path: Path
+) -> None:
+    endless = tmp_path / "endless.toml"
+    endless.write_text(PRESET.read_text().replace("steps = 6", "steps = 1_000_000", 1))
+    parameters = {"preset": str(endless), "data": str(services.data)}
+    started = services.prefect(
+        *("deployment", "run", "train-vae/default"), *("--params", json.dumps(parameters))
+    )
+    match = re.search(r"UUID: (\S+)", started.stdout)
+    assert match, started.stdout + started.stderr
+    before = set((services.data / "training").glob("vae-*"))
+    deadline = time.monotonic() + 120
+    while not any(
+        list(run.glob("step-*")) for run in set((services.data / "training").glob("vae-*")) - before
+    ):
+        assert time.monotonic() < deadline, "no checkpoint after 120 s"
+        time.sleep(0.5)
+    assert services.ray_processes()
+    cancelled = services.prefect("flow-run", "cancel", match.group(1))
+    assert cancelled.returncode == 0, cancelled.stdout + cancelled.stderr
+    deadline = time.monotonic() + 90
+    while (run := services.get(f"flow_runs/{match.group(1)}"))["state_type"] != "CANCELLED":
+        assert time.monotonic() < deadline, run["state_type"]
+        time.sleep(0.5)
+    while services.ray_processes():
+        assert time.monotonic() < deadline, services.ray_processes()
+        time.sleep(0.5)
+    client = MlflowClient(services.mlflow)
+    (experiment,) = client.search_experiments(filter_string="name = 'train-vae'")
+    assert client.search_runs([experiment.experiment_id])[0].info.status == "KILLED"
 
 
 def test_invalid_parameters_are_refused_before_work(services: Services) -> None:
