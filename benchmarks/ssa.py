@@ -1,4 +1,4 @@
-"""SSA against full attention on a GPU: python benchmarks/ssa.py [table|profile|growth|tune].
+"""SSA against full attention: python benchmarks/ssa.py [table|profile|growth|block|tune] on a GPU.
 
 Tokens are two nested bumpy shells in a 128^3 latent grid (larger past 131,072 tokens, so that the
 occupancy of the blocks stays the same); inputs are random normal, drawn anew for every row.
@@ -7,6 +7,7 @@ output and gradients.
 """
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 from collections import defaultdict
@@ -19,6 +20,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import ssa, ssa_triton
+from model.attention import FullAttention, SpatialSparseAttention, divide_samples
+from model.dit import DiTBlock
 
 # tokens a sample, samples, (compression, selection, window), top-k, query heads, KV heads, head
 # dim, wanted speed over FlashAttention-2 forward and backward
@@ -32,6 +35,10 @@ ROWS = [
     (10_655, 8, (8, 8, 8), 8, 32, 2, 32, 3, 3.3),
     (131_072, 1, (8, 8, 8), 8, 16, 1, 64, 32, 52),
 ]
+
+# What one H200 was measured to do, for the floors: bf16 matrix products, device memory (bytes read
+# and written), and exponentials by its datasheet (16 a clock and multiprocessor, 1.98 GHz).
+FLOPS, BYTES, EXPONENTIALS = 790e12, 4.3e12, 132 * 16 * 1.98e9
 
 
 def shells(tokens: int, samples: int, seed: int) -> Tensor:
@@ -101,11 +108,40 @@ def time_full(row: tuple, backend: SDPBackend) -> list[float]:
         )
 
 
+def newer_flash() -> Callable[..., Tensor] | None:
+    """Return FlashAttention-3's or 4's function of q, k, v [B, N, H, D], where installed."""
+    if importlib.util.find_spec("flash_attn_interface"):
+        from flash_attn_interface import flash_attn_func
+    elif importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
+        from flash_attn.cute import flash_attn_func
+    else:
+        return None
+    return flash_attn_func
+
+
+def time_newer_flash(row: tuple) -> str:
+    """Return FlashAttention-3's or 4's times, "not installed" where they are missing."""
+    attend = newer_flash()
+    if attend is None:
+        return "not installed"
+    tokens, samples, _, _, heads, _, dim = row[:7]
+    shape = (samples, tokens, heads, dim)
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def forward() -> Tensor:
+        out = attend(*inputs)
+        return out[0] if isinstance(out, tuple) else out
+
+    times = time_both(forward, inputs, torch.randn_like(inputs[0]))
+    return f"{times[0]:.2f} / {times[1]:.2f}"
+
+
 def table() -> None:
     """Print one line a row: full attention, SSA, and how many times faster SSA is."""
-    print("| tokens | sides, top-k, heads | FlashAttention-2 fwd / bwd | cuDNN | SSA | GB | "
-          "x fwd (wanted) | x bwd (wanted) |")  # fmt: skip
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| tokens | sides, top-k, heads | FlashAttention-2 fwd / bwd | cuDNN | "
+          "FlashAttention-3/4 | SSA | GB | x fwd (wanted) | x bwd (wanted) |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in ROWS:
         tokens, samples, sides, top_k, heads, kv_heads, dim, want_forward, want_backward = row
         sides_text = "/".join(map(str, sides))
@@ -119,14 +155,21 @@ def table() -> None:
         print(
             f"| {samples} x {tokens:,} | {sides_text}, {top_k}, {heads} + {kv_heads} "
             f"of {dim} | {flash[0]:.2f} / {flash[1]:.2f} | {cudnn[0]:.2f} / {cudnn[1]:.2f} | "
+            f"{time_newer_flash(row)} | "
             f"{ours[0]:.2f} / {ours[1]:.2f} | {ours[2]:.2f} | {flash[0] / ours[0]:.1f} "
             f"({want_forward}) | {flash[1] / ours[1]:.1f} ({want_backward}) |",
             flush=True,
         )
 
 
+KERNELS = (
+    "attend_places", "select_places", "attend_pairs", "combine_places", "prepare_backward",
+    "dq_window", "dq_compression", "dkv_places", "backward_pairs",
+)  # fmt: skip
+
+
 def kernel_times(row: tuple) -> dict[str, float]:
-    """Return ms by kernel of one forward and backward; the launches of a name are told apart."""
+    """Return ms by kernel of one forward and backward; what is not ours is "rest"."""
     torch.manual_seed(0)  # which blocks are taken how often matters
     inputs, layout, grad = draw(row)
 
@@ -144,23 +187,97 @@ def kernel_times(row: tuple) -> dict[str, float]:
     times: dict[str, float] = defaultdict(float)
     seen: dict[str, int] = defaultdict(int)
     for event in sorted(events, key=lambda e: e.time_range.start):
-        name = (
-            event.name if event.name.split("_")[-1] in ("places", "pairs", "backward") else "rest"
-        )
-        if name in ("attend_places", "dq_places", "dkv_places"):
-            order = {"attend_places": ["window", "compression", "window again"]}
-            kinds = order.get(name, ["window", "compression"])
-            kind = kinds[min(seen[name], len(kinds) - 1)]
+        name = event.name if event.name in KERNELS else "rest"
+        if name in ("attend_places", "dkv_places"):  # the window branch comes first
             seen[name] += 1
-            name = f"{name} {kind}"
+            name = f"{name} {'window' if seen[name] == 1 else 'compression'}"
         times[name] += event.time_range.elapsed_us() / 1e3
     return dict(times)
 
 
+def floors(row: tuple) -> dict[str, float]:
+    """Return a lower bound of each kernel's ms: products, exponentials or memory, whatever is most.
+
+    Counts every logit once and every row that a kernel must read or write once.
+    """
+    torch.manual_seed(0)
+    inputs, layout, _ = draw(row)
+    tokens, samples, _, top_k, heads, kv_heads, dim = row[:7]
+    n = tokens * samples
+    with torch.no_grad():
+        selected = ssa_triton.attention_and_selection(*inputs, layout, top_k)[1]
+    sizes = layout.selection_starts[: layout.counts.selection + 1].diff()
+    taken = selected[selected >= 0].long()
+    compression = layout.compression_range.diff().sum().item() * heads
+    window = layout.window_range.diff().sum().item() * heads
+    selection = sizes[taken].sum().item() * heads // kv_heads
+    rows = n * heads * dim * 2  # bytes of all queries
+    pairs = taken.numel() * heads // kv_heads * dim * 2  # bytes of a row for every pair
+    work = {  # logits, products, bytes
+        "attend_places window": (window, 2, 2 * rows),
+        "attend_places compression": (compression, 2, 2 * rows),
+        "select_places": (compression, 1, rows),
+        "attend_pairs": (selection, 2, 2 * pairs),
+        "combine_places": (0, 0, pairs + 4 * rows),
+        "prepare_backward": (0, 0, 3 * rows),
+        "dq_window": (window, 4, 3 * rows),
+        "dq_compression": (compression, 3, pairs + 4 * rows),
+        "dkv_places window": (window, 4, 2 * rows),
+        "dkv_places compression": (compression, 4, 2 * rows),
+        "backward_pairs": (selection, 5, 3 * pairs),
+    }
+    return {
+        name: 1e3 * max(logits * products * 2 * dim / FLOPS, logits / EXPONENTIALS, size / BYTES)
+        for name, (logits, products, size) in work.items()
+    }
+
+
 def profile() -> None:
-    """Print where the time of the rows of 131,072 tokens goes."""
+    """Print where the time of the rows of 131,072 tokens goes, the floor beside each kernel."""
     for row in (*ROWS[:3], ROWS[-1]):
-        print_times(row, row)
+        times, least = kernel_times(row), floors(row)
+        print(row[:7], f"sum {sum(times.values()):.2f}, floor {sum(least.values()):.2f}")
+        for name, ms in times.items():
+            print(f"  {name:26s} {ms:6.2f}  floor {least.get(name, 0):5.2f}", flush=True)
+
+
+def block() -> None:
+    """Print times of a whole transformer block, with SSA and with full attention.
+
+    Width 1024, MLP 4, cross-attention to 1,374 image tokens, adaLN; bf16 autocast.
+    """
+    for tokens in (10_655, 45_904, 131_072):
+        times = {}
+        coords = shells(tokens, 1, seed=0)
+        coords = coords[ssa.block_order(coords, 8, 8)]
+        samples = divide_samples(coords[:, 0], 1)
+        layout = ssa.build_layout(coords, 8, 8, 8, shift=4)
+        for name, attention, table in (
+            ("SSA 8/8/8 top 8", SpatialSparseAttention(1024, 32, 2, 32, 8, 8), layout),
+            ("full", FullAttention(1024, 32, 32), samples),
+        ):
+            module = DiTBlock(attention, 1024, 32, 32, 4, 1024).cuda()
+            for parameter in module.parameters():  # zeros would time another thing
+                parameter.data.normal_(std=0.02)
+            inputs = [torch.randn(tokens, 1024, device="cuda", requires_grad=True)]
+            others = (
+                torch.randn(1, 1024, device="cuda"),
+                torch.randn(1, 1374, 1024, device="cuda"),
+                torch.ones(1, 1374, dtype=torch.bool, device="cuda"),
+            )
+
+            def forward(module=module, arguments=(*inputs, *others, samples, table)) -> Tensor:  # type: ignore[no-untyped-def]
+                with torch.autocast("cuda", torch.bfloat16):
+                    return module(*arguments)
+
+            variables = [*inputs, *(p for p in module.parameters() if p.requires_grad)]
+            times[name] = time_both(forward, variables, torch.randn_like(inputs[0]))
+        for name, (forward_ms, backward_ms, peak) in times.items():
+            print(
+                f"{tokens:7d} tokens, block with {name:15s}: forward {forward_ms:.2f}, "
+                f"backward {backward_ms:.2f} ms, {peak:.2f} GB",
+                flush=True,
+            )
 
 
 def growth() -> None:
@@ -180,21 +297,32 @@ def growth() -> None:
 
 
 VARIANTS = [  # rows, keys, warps, stages, registers
-    (64, 64, 4, 3, 168), (64, 64, 4, 4, 168), (64, 64, 4, 4, 128), (64, 64, 4, 3, None),
-    (128, 32, 4, 2, 168), (128, 32, 4, 3, 128), (128, 64, 4, 2, 168), (128, 64, 4, 3, 128),
-    (128, 64, 4, 4, None), (64, 32, 4, 2, 128),
+    (64, 64, 4, 3, 128), (64, 64, 4, 3, 168), (64, 64, 4, 5, 168), (64, 64, 4, 5, None),
+    (64, 128, 4, 5, 168), (64, 32, 4, 3, 128), (32, 64, 4, 5, 128), (128, 64, 4, 3, 128),
+    (128, 64, 4, 5, 168), (128, 64, 4, 3, None), (128, 32, 4, 3, 128), (128, 32, 4, 2, 128),
+    (128, 64, 8, 3, 128),
 ]  # fmt: skip
 SETTINGS = [  # changed one at a time
-    ("SOFT_EXPONENTIALS", True), ("PAIRS_A_PROGRAM", 64), ("PAIRS_A_BACKWARD_PROGRAM", 64),
-    ("PAIRS_A_BACKWARD_PROGRAM", 256), ("PARTIAL_BYTES", 1 << 28), ("PARTIAL_BYTES", 100 << 20),
+    ("combine", ssa_triton.Tile(64, 0, 4, 1)), ("combine", ssa_triton.Tile(128, 0, 8, 1)),
+    ("combine", ssa_triton.Tile(16, 0, 2, 1)), ("PAIRS_A_PROGRAM", 64),
+    ("PAIRS_A_BACKWARD_PROGRAM", 128), ("PARTIAL_BYTES", 1 << 28), ("PARTIAL_BYTES", 100 << 20),
 ]  # fmt: skip
 
 
 def use(variant: tuple) -> None:
     """Launch every kernel but the merging ones with this tile."""
-    for name in ssa_triton.TILES:
-        if name != "combine":
-            ssa_triton.TILES[name] = ssa_triton.Tile(*variant)
+    for tiles in ssa_triton.TILES.values():
+        for name in tiles.keys() - {"combine"}:
+            tiles[name] = ssa_triton.Tile(*variant)
+
+
+def change(name: str, value: object) -> None:
+    """Set a tile or a constant of the launches."""
+    if isinstance(value, ssa_triton.Tile):
+        for tiles in ssa_triton.TILES.values():
+            tiles[name] = value
+    else:
+        setattr(ssa_triton, name, value)
 
 
 def print_times(title: object, row: tuple) -> None:
@@ -216,7 +344,7 @@ def tune(row_index: int, warm: int | None) -> None:
         if warm < len(VARIANTS):
             use(VARIANTS[warm])
         else:
-            setattr(ssa_triton, *SETTINGS[warm - len(VARIANTS)])
+            change(*SETTINGS[warm - len(VARIANTS)])
         kernel_times(small)
         return
     children = [
@@ -229,22 +357,24 @@ def tune(row_index: int, warm: int | None) -> None:
     for child in children:
         child.wait()
     print_times("as committed", row)
-    defaults = dict(ssa_triton.TILES)
+    defaults = {size: dict(tiles) for size, tiles in ssa_triton.TILES.items()}
     for variant in VARIANTS:
         use(variant)
         print_times(variant, row)
-    ssa_triton.TILES.update(defaults)
+    constants = {name: getattr(ssa_triton, name, None) for name, _ in SETTINGS}
     for name, value in SETTINGS:
-        before = getattr(ssa_triton, name)
-        setattr(ssa_triton, name, value)
+        for size, tiles in defaults.items():
+            ssa_triton.TILES[size].update(tiles)
+        change(name, value)
         print_times((name, value), row)
-        setattr(ssa_triton, name, before)
+        if constants[name] is not None:
+            change(name, constants[name])
 
 
 def main() -> None:
     """Run what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    choices = ["table", "profile", "growth", "tune"]
+    choices = ["table", "profile", "growth", "block", "tune"]
     parser.add_argument("what", nargs="?", default="table", choices=choices)
     parser.add_argument("--row", type=int, default=0, help="row of the table to tune for")
     parser.add_argument("--warm", type=int, default=None, help="only compile this variant")
@@ -253,7 +383,7 @@ def main() -> None:
     if arguments.what == "tune":
         tune(arguments.row, arguments.warm)
     else:
-        {"table": table, "profile": profile, "growth": growth}[arguments.what]()
+        {"table": table, "profile": profile, "growth": growth, "block": block}[arguments.what]()
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ def _prepare_branch(
 
 @triton.jit(do_not_specialize=["n"])
 def prepare_backward(
-    grad, out_cmp, out_sel, out_win,  # [N, Hq, D]
-    lse_cmp, lse_sel, lse_win,  # [N, Hq] float32
-    stats_cmp, stats_sel, stats_win,  # [N, Hq, 2] float32 to be written: lse, delta
-    grad_gates,  # [Hkv, N, 3] to be written: each KV head's share
+    grad, out_cmp, out_sel,  # [N, Hq, D]
+    lse_cmp, lse_sel,  # [N, Hq] float32
+    stats_cmp, stats_sel,  # [N, Hq, 2] float32 to be written: lse, delta
+    grad_gates,  # [Hkv, N, 3] two of three to be written: each KV head's share
     n,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Products of the output's gradient with the branches, side by side with the log-sum-exps."""
+    """Products of the output's gradient with two branches, beside the log-sum-exps."""
     h = tl.program_id(1)
     rows = tl.arange(0, T * GP)
     tokens = (tl.program_id(0) * T + rows // GP).to(tl.int64)
@@ -52,19 +52,71 @@ def prepare_backward(
     _prepare_branch(
         do, out_sel, lse_sel, stats_sel, grad_gates, 1, offsets, row, inside, token, h, n, T, GP
     )
-    _prepare_branch(
-        do, out_win, lse_win, stats_win, grad_gates, 2, offsets, row, inside, token, h, n, T, GP
-    )
+
+
+@triton.jit(do_not_specialize=["n"])
+def dq_window(
+    q, k, v, grad, gates, lse,  # lse [N, Hq]: not less the gate
+    dq,  # [N, Hq, D] to be written
+    stats,  # [N, Hq, 2] float32 to be written: log-sum-exp less log2 of the gate, delta
+    grad_gates,  # [Hkv, N, 3] the third to be written
+    order, ranges, n, scale, q_scale,
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Gradient of q in the window branch, whose output was not kept: delta = sum p dp comes out of
+    the same pass as sum p dp k and sum p k, and dq = sum p dp k - delta sum p k.
+    """
+    h = tl.program_id(1)
+    M: tl.constexpr = T * GP
+    rows = tl.arange(0, M)
+    unclamped = tl.program_id(0) * T + rows // GP
+    places = tl.minimum(unclamped, n - 1)
+    heads = tl.minimum(rows % GP, G - 1)
+    stored = (unclamped < n) & (rows % GP < G)
+    tokens = row_of(places, order, 0, True)
+    row = tokens * (HKV * G) + h * G + heads
+    offsets = row[:, None] * D + tl.arange(0, D)[None, :]
+    lo = tl.load(ranges + 2 * places)
+    hi = tl.load(ranges + 2 * places + 1)
+    q_tile = tl.load(q + offsets)
+    do = tl.load(grad + offsets)
+    row_lse = tl.load(lse + row)
+    delta = tl.zeros([M], tl.float32)
+    with_dp = tl.zeros([M, D], tl.float32)
+    without = tl.zeros([M, D], tl.float32)
+    end = tl.max(hi, 0)
+    for start in range(tl.min(lo, 0), end, BN):
+        columns = start + tl.arange(0, BN)
+        keys = load_keys(k + h * D, columns, end, order, HKV * D, D, True)
+        values = load_keys(v + h * D, columns, end, order, HKV * D, D, True)
+        logits = dot(q_tile, tl.trans(keys))
+        dp = dot(do, tl.trans(values))
+        inside = (columns[None, :] >= lo[:, None]) & (columns[None, :] < hi[:, None])
+        p = tl.where(inside, tl.exp2(logits * scale - row_lse[:, None]), 0.0)
+        product = p * dp
+        delta += tl.sum(product, 1)
+        with_dp = dot(product.to(keys.dtype), keys, with_dp)
+        without = dot(p.to(keys.dtype), keys, without)
+    gate = tl.load(gates + tokens * 3 + 2).to(tl.float32)
+    acc = (with_dp - delta[:, None] * without) * (gate * q_scale)[:, None]
+    tl.store(dq + offsets, acc.to(dq.dtype.element_ty), mask=stored[:, None])
+    tl.store(stats + 2 * row, row_lse - tl.log2(gate), mask=stored)
+    tl.store(stats + 2 * row + 1, delta, mask=stored)
+    place = tl.program_id(0) * T + tl.arange(0, T)
+    token = row_of(tl.minimum(place, n - 1), order, 0, True)
+    share = tl.sum(tl.reshape(tl.where(stored, delta, 0.0), [T, GP]), 1)
+    tl.store(grad_gates + (h * n + token) * 3 + 2, share, mask=place < n)
 
 
 @triton.jit
 def _dq_step(
-    q, do, lse, delta, acc, start, lo, hi, end, k, v, order, stride, scale,
-    D: tl.constexpr, BN: tl.constexpr, HAS_ORDER: tl.constexpr, MASK: tl.constexpr,
+    q, do, lse, delta, acc, start, lo, hi, end, k, v, stride, scale,
+    D: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     columns = start + tl.arange(0, BN)
-    keys = load_keys(k, columns, end, order, stride, D, HAS_ORDER)
-    values = load_keys(v, columns, end, order, stride, D, HAS_ORDER)
+    keys = load_keys(k, columns, end, k, stride, D, False)
+    values = load_keys(v, columns, end, k, stride, D, False)
     p = tl.exp2(dot(q, tl.trans(keys)) * scale - lse[:, None])
     if MASK:
         inside = (columns[None, :] >= lo[:, None]) & (columns[None, :] < hi[:, None])
@@ -74,31 +126,31 @@ def _dq_step(
 
 
 @triton.jit(do_not_specialize=["first", "n"])
-def dq_places(
+def dq_compression(
     q, k, v, grad, stats,  # stats [N, Hq, 2] of the branch
-    dq,  # [N, Hq, D]: written, or where there are PARTIALS added to
-    order, ranges,
+    dq,  # [N, Hq, D]: the window branch's; the other two are added
+    ranges,
     partial, selected,  # [chunk, Hkv, PARTIALS, G, D], [N, Hkv, PARTIALS]
-    first, n,  # places [first, n)
+    first, n,  # tokens [first, n)
     scale, q_scale,
     PARTIALS: tl.constexpr,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr, BN: tl.constexpr, HAS_ORDER: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of q: window branch; or compression branch with the other two added."""
+    """Gradient of q: compression branch, with the other two added."""
     h = tl.program_id(1)
     M: tl.constexpr = T * GP
     rows = tl.arange(0, M)
     unclamped = first + tl.program_id(0) * T + rows // GP
-    places = tl.minimum(unclamped, n - 1)
+    tokens = tl.minimum(unclamped, n - 1)
     heads = tl.minimum(rows % GP, G - 1)
     stored = (unclamped < n) & (rows % GP < G)
-    tokens = row_of(places, order, 0, HAS_ORDER)
+    lo = tl.load(ranges + 2 * tokens)
+    hi = tl.load(ranges + 2 * tokens + 1)
+    begin, split, end = span_of(lo, hi, BN)
+    tokens = tokens.to(tl.int64)
     row = tokens * (HKV * G) + h * G + heads
     offsets = row[:, None] * D + tl.arange(0, D)[None, :]
-    lo = tl.load(ranges + 2 * places)
-    hi = tl.load(ranges + 2 * places + 1)
-    begin, split, end = span_of(lo, hi, BN)
     q_tile = tl.load(q + offsets)
     do = tl.load(grad + offsets)
     row_lse = tl.load(stats + 2 * row)
@@ -106,26 +158,24 @@ def dq_places(
     acc = tl.zeros([M, D], tl.float32)
     for start in range(begin, split, BN):
         acc = _dq_step(
-            q_tile, do, row_lse, row_delta, acc, start, lo, hi, end, k + h * D, v + h * D, order,
-            HKV * D, scale, D, BN, HAS_ORDER, False,
+            q_tile, do, row_lse, row_delta, acc, start, lo, hi, end, k + h * D, v + h * D,
+            HKV * D, scale, D, BN, False,
         )  # fmt: skip
     for start in range(split, end, BN):
         acc = _dq_step(
-            q_tile, do, row_lse, row_delta, acc, start, lo, hi, end, k + h * D, v + h * D, order,
-            HKV * D, scale, D, BN, HAS_ORDER, True,
+            q_tile, do, row_lse, row_delta, acc, start, lo, hi, end, k + h * D, v + h * D,
+            HKV * D, scale, D, BN, True,
         )  # fmt: skip
-    acc *= q_scale
-    if PARTIALS:
-        others = tl.load(dq + offsets).to(tl.float32)
-        slot = (tokens * HKV + h) * PARTIALS
-        for i in tl.range(PARTIALS, loop_unroll_factor=4):
-            taken = (tl.load(selected + slot + i) >= 0) & stored
-            line = (slot + i - first * HKV * PARTIALS) * G + heads
-            others += tl.load(
-                partial + line[:, None] * D + tl.arange(0, D)[None, :],
-                mask=taken[:, None], other=0.0,
-            ).to(tl.float32)  # fmt: skip
-        acc += others
+    others = tl.load(dq + offsets).to(tl.float32)
+    slot = (tokens * HKV + h) * PARTIALS
+    for i in tl.range(PARTIALS, loop_unroll_factor=4):
+        taken = (tl.load(selected + slot + i) >= 0) & stored
+        line = (slot + i - first * HKV * PARTIALS) * G + heads
+        others += tl.load(
+            partial + line[:, None] * D + tl.arange(0, D)[None, :],
+            mask=taken[:, None], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+    acc = acc * q_scale + others
     tl.store(dq + offsets, acc.to(dq.dtype.element_ty), mask=stored[:, None])
 
 
@@ -137,7 +187,7 @@ def _dkv_step(
 ):  # fmt: skip
     """Add the rows at T places to the gradients of keys (without the scale) and values.
 
-    Returns also ds [BN, M] and the tokens or pairs [M] of the rows.
+    Returns also ds [BN, M].
     """
     rows = tl.arange(0, T * GP)
     places = start + rows // GP
@@ -165,7 +215,7 @@ def _dkv_step(
     ds = (p * (dp - row_delta[None, :])).to(q_tile.dtype)
     dv = dot(p.to(do.dtype), do, dv)
     dk = dot(ds, q_tile, dk)
-    return dk, dv, ds, items
+    return dk, dv, ds
 
 
 @triton.jit(do_not_specialize=["num_keys"])
@@ -198,12 +248,12 @@ def dkv_places(
     grad_v = tl.zeros([BN, D], tl.float32)
     split_end = tl.where(uniform, end, begin)  # two loops in a row: branches cost the overlap
     for start in range(begin, split_end, T):
-        grad_k, grad_v, _, _ = _dkv_step(
+        grad_k, grad_v, _ = _dkv_step(
             grad_k, grad_v, keys, values, columns, start, end, q, grad, stats, order,
             ranges, num_keys, h, scale, 0, False, HKV, G, GP, T, D, HAS_ORDER,
         )  # fmt: skip
     for start in range(split_end, end, T):
-        grad_k, grad_v, _, _ = _dkv_step(
+        grad_k, grad_v, _ = _dkv_step(
             grad_k, grad_v, keys, values, columns, start, end, q, grad, stats, order,
             ranges, num_keys, h, scale, 0, True, HKV, G, GP, T, D, HAS_ORDER,
         )  # fmt: skip
@@ -249,16 +299,17 @@ def backward_pairs(
             grad_k = tl.zeros([BN, D], tl.float32)
             grad_v = tl.zeros([BN, D], tl.float32)
             for start in range(begin, end, T):
-                grad_k, grad_v, ds, pairs = _dkv_step(
-                    grad_k, grad_v, keys, values, columns, start, end, q, grad, stats,
-                    order, order, key_end, h, scale, PAIRS, False, HKV, G, GP, T, D, True,
-                )  # fmt: skip
-                grad_q = dot(tl.trans(ds), keys) * q_scale
+                pairs = tl.load(order + tl.minimum(start + rows // GP, end - 1))
                 line = (pairs - first_pair).to(tl.int64) * G + heads
                 places = partial + line[:, None] * D + dims
                 used = (start + rows // GP < end) & (rows % GP < G)
-                earlier = used & (key_start > key_begin)
-                grad_q += tl.load(places, mask=earlier[:, None], other=0.0).to(tl.float32)
+                again = used & (key_start > key_begin)
+                earlier = tl.load(places, mask=again[:, None], other=0.0)
+                grad_k, grad_v, ds = _dkv_step(
+                    grad_k, grad_v, keys, values, columns, start, end, q, grad, stats,
+                    order, order, key_end, h, scale, PAIRS, False, HKV, G, GP, T, D, True,
+                )  # fmt: skip
+                grad_q = dot(tl.trans(ds), keys) * q_scale + earlier.to(tl.float32)
                 tl.store(places, grad_q.to(partial.dtype.element_ty), mask=used[:, None])
             offsets = (columns.to(tl.int64) * HKV + h)[:, None] * D + dims
             inside = (columns < key_end)[:, None]

@@ -40,39 +40,6 @@ def load_keys(x, columns, end, order, stride, D: tl.constexpr, HAS_ORDER: tl.con
     return tl.load(x + offsets, mask=inside[:, None], other=0.0)
 
 
-# 2^x of four numbers: three by the special function unit, which is what the forward pass waits for,
-# and one by a polynomial of degree 4 (relative error 4e-6) of what is left of x after rounding.
-# Wrong for x < -126.
-EXP2_OF_FOUR = tl.constexpr("""{
-    .reg .f32 t, n, f, p;
-    .reg .b32 i, j;
-    ex2.approx.ftz.f32 $0, $4;
-    ex2.approx.ftz.f32 $1, $5;
-    ex2.approx.ftz.f32 $2, $6;
-    add.rn.f32 t, $7, 0f4B400000;
-    sub.rn.f32 n, t, 0f4B400000;
-    sub.rn.f32 f, $7, n;
-    fma.rn.f32 p, f, 0f3C1E883E, 0f3D650E81;
-    fma.rn.f32 p, p, f, 0f3E75FC83;
-    fma.rn.f32 p, p, f, 0f3F317061;
-    fma.rn.f32 p, p, f, 0f3F800001;
-    mov.b32 i, t;
-    shl.b32 i, i, 23;
-    mov.b32 j, p;
-    add.s32 $3, i, j;
-}""")
-
-
-@triton.jit
-def exp2(x, SOFT: tl.constexpr):
-    """Return 2^x; with SOFT, which Triton's interpreter lacks, for x of at least -126."""
-    if SOFT:
-        return tl.inline_asm_elementwise(
-            EXP2_OF_FOUR, "=r,=r,=r,=r,r,r,r,r", [x], dtype=tl.float32, is_pure=True, pack=4
-        )
-    return tl.exp2(x)
-
-
 @triton.jit
 def dot(a, b, acc=None):
     """Return a @ b (+ acc), summed in float32; float32 operands are not rounded to tf32."""
@@ -83,7 +50,7 @@ def dot(a, b, acc=None):
 def _softmax_step(
     q, acc, m, total, start, lo, hi, end, k, v, order, stride, scale,
     M: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, HAS_ORDER: tl.constexpr,
-    MASK: tl.constexpr, BOUNDED: tl.constexpr, SOFT: tl.constexpr,
+    MASK: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Add BN keys. The totals [M, 8] are summed over the last axis at the end: these eight columns
     lie in different threads of a matrix instruction's result, and all others in one.
@@ -94,7 +61,7 @@ def _softmax_step(
     logits = dot(q, tl.trans(keys))
     inside = (columns[None, :] >= lo[:, None]) & (columns[None, :] < hi[:, None])
     if BOUNDED:
-        p = exp2(logits * scale, SOFT)
+        p = tl.exp2(logits * scale)
         if MASK:
             p = tl.where(inside, p, 0.0)
     else:
@@ -135,7 +102,6 @@ def _softmax_rows(
     order, stride, scale,
     M: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, HAS_ORDER: tl.constexpr,
     BOUNDED: tl.constexpr,  # no logit is so large that its exponential needs a shift
-    SOFT: tl.constexpr,
 ):  # fmt: skip
     """Return softmax(q k^T) v [M, D] in float32 and the log-sum-exp [M]."""
     m = tl.full([M], 0.0 if BOUNDED else MASKED, tl.float32)
@@ -144,12 +110,12 @@ def _softmax_rows(
     for start in range(begin, split, BN):
         acc, m, total = _softmax_step(
             q, acc, m, total, start, lo, hi, end, k, v, order, stride, scale,
-            M, D, BN, HAS_ORDER, False, BOUNDED, SOFT,
+            M, D, BN, HAS_ORDER, False, BOUNDED,
         )  # fmt: skip
     for start in range(split, end, BN):
         acc, m, total = _softmax_step(
             q, acc, m, total, start, lo, hi, end, k, v, order, stride, scale,
-            M, D, BN, HAS_ORDER, True, BOUNDED, SOFT,
+            M, D, BN, HAS_ORDER, True, BOUNDED,
         )  # fmt: skip
     sums = tl.sum(total, 1)
     inverse = 1.0 / sums
@@ -165,7 +131,7 @@ def attend_places(
     ranges,  # [N, 2] columns of the token at each place
     n, scale, limit,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr, BN: tl.constexpr, HAS_ORDER: tl.constexpr, SOFT: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Compression or window branch: softmax attention of every token over its own range.
 
@@ -191,12 +157,12 @@ def attend_places(
     if bound <= limit:
         acc, row_lse = _softmax_rows(
             q_tile, lo, hi, begin, split, end, k + h * D, v + h * D, order, HKV * D,
-            scale, M, D, BN, HAS_ORDER, True, SOFT,
+            scale, M, D, BN, HAS_ORDER, True,
         )  # fmt: skip
     else:
         acc, row_lse = _softmax_rows(
             q_tile, lo, hi, begin, split, end, k + h * D, v + h * D, order, HKV * D,
-            scale, M, D, BN, HAS_ORDER, False, SOFT,
+            scale, M, D, BN, HAS_ORDER, False,
         )  # fmt: skip
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=stored[:, None])
     tl.store(lse + row, row_lse, mask=stored)
@@ -207,7 +173,6 @@ def _attend_listed(
     q, k, v, out, lse, order, begin, end, key_begin, key_end, h, first_pair, scale,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
     D: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr, BOUNDED: tl.constexpr,
-    SOFT: tl.constexpr,
 ):  # fmt: skip
     """Attend from the rows of pairs [begin, end) of the list to keys [key_begin, key_end)."""
     M: tl.constexpr = T * GP
@@ -227,7 +192,7 @@ def _attend_listed(
         next_q = tl.load(q + row[:, None] * D + dims)
         acc, row_lse = _softmax_rows(
             q_tile, lo, hi, key_begin, split, key_end, k + h * D, v + h * D, order, HKV * D,
-            scale, M, D, BN, False, BOUNDED, SOFT,
+            scale, M, D, BN, False, BOUNDED,
         )  # fmt: skip
         stored = (start + rows // GP < end) & (rows % GP < G)
         pair = (pairs - first_pair).to(tl.int64) * G + heads
@@ -247,7 +212,7 @@ def attend_pairs(
     starts,  # [Ns + 1] first token of each block
     first_pair, num_blocks, scale, limit,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr, SOFT: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Selection branch: softmax attention of the tokens that took a block over its tokens alone."""
     tile = tl.program_id(0).to(tl.int64)
@@ -262,12 +227,12 @@ def attend_pairs(
         if tl.load(largest + h) <= limit:
             _attend_listed(
                 q, k, v, out, lse, order, begin, end, key_begin, key_end, h, first_pair, scale,
-                HKV, G, GP, T, D, BN, PAIRS, True, SOFT,
+                HKV, G, GP, T, D, BN, PAIRS, True,
             )  # fmt: skip
         else:
             _attend_listed(
                 q, k, v, out, lse, order, begin, end, key_begin, key_end, h, first_pair, scale,
-                HKV, G, GP, T, D, BN, PAIRS, False, SOFT,
+                HKV, G, GP, T, D, BN, PAIRS, False,
             )  # fmt: skip
 
 
@@ -276,7 +241,8 @@ def _score_blocks(
     q, k_cmp, lse,  # q [M, D], keys of one KV head, lse [M]
     scores,  # to be written: [T, width], this program's own
     lo, hi, width, stride, scale,
-    GP: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, SOFT: tl.constexpr,
+    GP: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
+    LOW: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
     """Write the scores of compression blocks [lo, hi) for T tokens."""
     lines = tl.arange(0, BN)
@@ -284,9 +250,11 @@ def _score_blocks(
     for start in range(lo, hi, BN):
         columns = start + lines
         keys = load_keys(k_cmp, columns, hi, k_cmp, stride, D, False)
-        exponent = dot(keys, tl.trans(q)) * scale - lse[None, :]
-        p = exp2(tl.maximum(exponent, -126.0) if SOFT else exponent, SOFT)
-        total = tl.sum(tl.reshape(p, [BN, T, GP]), 2)
+        p = tl.exp2(dot(keys, tl.trans(q)) * scale - lse[None, :])
+        # Within threads: in a row of a matrix instruction's result a thread has two neighbours of
+        # eight, and so of each token an even number of heads, see select_places.
+        p = tl.reshape(p, [BN, T // LOW, GP // TWO, LOW, TWO])
+        total = tl.reshape(tl.sum(tl.sum(p, 4), 2), [BN, T])
         places = token[None, :] * width + (columns - lo)[:, None]
         tl.store(scores + places, total, mask=(columns < hi)[:, None])
 
@@ -371,7 +339,6 @@ def select_places(
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
     D: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr, PANEL: tl.constexpr,
     GROUPS: tl.constexpr, MEMBERS: tl.constexpr, TOP_K: tl.constexpr,
-    SOFT: tl.constexpr,
 ):  # fmt: skip
     """Top-k blocks by compression attention. Every program works through many tiles of tokens
     with a scratch of its own, which stays in the cache: nothing is of size N x Nc. Where selection
@@ -379,17 +346,22 @@ def select_places(
     """
     M: tl.constexpr = T * GP
     rows = tl.arange(0, M)
+    # From the slowest: high part of the token, of the head, low part of the token, of the head.
+    LOW: tl.constexpr = 4 if T % 4 == 0 else 1
+    TWO: tl.constexpr = 2 if GP > 1 else 1
+    head_of_row = rows // (TWO * LOW) % (GP // TWO) * TWO + rows % TWO
+    token_of_row = rows // (GP * LOW) * LOW + rows // TWO % LOW
     PANEL_WIDTH: tl.constexpr = 0 if SLOTS == 1 else PANEL * SLOTS
     sums = scratch + tl.program_id(0).to(tl.int64) * T * (width + PANEL_WIDTH)
     panel = sums + T * width
     for item in range(tl.program_id(0), tl.cdiv(n, T) * HKV, tl.num_programs(0)):
         h = item % HKV
         tile = item // HKV
-        tokens = tl.minimum(tile * T + rows // GP, n - 1)
-        row = tokens.to(tl.int64) * (HKV * G) + h * G + tl.minimum(rows % GP, G - 1)
+        tokens = tl.minimum(tile * T + token_of_row, n - 1)
+        row = tokens.to(tl.int64) * (HKV * G) + h * G + tl.minimum(head_of_row, G - 1)
         q_tile = tl.load(q + row[:, None] * D + tl.arange(0, D)[None, :])
         # Padding heads weigh nothing.
-        row_lse = tl.where(rows % GP < G, tl.load(lse + row), float("inf"))
+        row_lse = tl.where(head_of_row < G, tl.load(lse + row), float("inf"))
         token = tile * T + tl.arange(0, T)
         begin = tl.load(ranges + 2 * tl.minimum(token, n - 1))
         end = tl.load(ranges + 2 * tl.minimum(token, n - 1) + 1)
@@ -399,21 +371,9 @@ def select_places(
             lo = tl.load(compression_range + 2 * tile * T)
             hi = tl.load(compression_range + 2 * tl.minimum(tile * T + T, n) - 1)
             _score_blocks(
-                q_tile,
-                k_cmp + h * D,
-                row_lse,
-                sums,
-                lo,
-                hi,
-                width,
-                HKV * D,
-                scale,
-                GP,
-                T,
-                D,
-                BN,
-                SOFT,
-            )
+                q_tile, k_cmp + h * D, row_lse, sums, lo, hi, width, HKV * D, scale,
+                GP, T, D, BN, LOW, TWO,
+            )  # fmt: skip
             tl.debug_barrier()  # other threads of the program read what this one wrote
         else:
             for start in range(first, last, PANEL):
@@ -422,7 +382,7 @@ def select_places(
                 hi = tl.load(inner + stop)
                 _score_blocks(
                     q_tile, k_cmp + h * D, row_lse, panel, lo, hi, PANEL_WIDTH, HKV * D, scale,
-                    GP, T, D, BN, SOFT,
+                    GP, T, D, BN, LOW, TWO,
                 )  # fmt: skip
                 tl.debug_barrier()
                 _sum_slots(
@@ -441,7 +401,7 @@ def select_places(
 def combine_places(
     out,  # [N, Hq, D]: the window branch; becomes the gated sum of the three
     out_cmp, out_sel,  # [N, Hq, D], to be written the second
-    lse_cmp, lse_sel, lse_win,  # [N, Hq], to be written the second; become less log2 of the gate
+    lse_cmp, lse_sel,  # [N, Hq], less log2 of the gate: the first becomes so, the second is written
     partial, partial_lse,  # [chunk, Hkv, top_k, G, D], [chunk, Hkv, top_k, G]
     selected, gates,  # [N, Hkv, top_k], [N, 3]
     first, n,  # tokens [first, n) of the chunk
@@ -491,4 +451,3 @@ def combine_places(
     row_lse = m + tl.log2(tl.maximum(total, 1e-30))
     tl.store(lse_sel + row, row_lse - tl.log2(gate_sel), mask=inside)
     tl.store(lse_cmp + row, tl.load(lse_cmp + row) - tl.log2(gate_cmp), mask=inside)
-    tl.store(lse_win + row, tl.load(lse_win + row) - tl.log2(gate_win), mask=inside)

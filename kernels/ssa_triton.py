@@ -25,11 +25,10 @@ LOG2_E = 1.4426950408889634
 PARTIAL_BYTES = 200 << 20  # partial results of the selection branch held at once
 SCRATCH_BYTES = 1 << 27  # scores of the tokens whose blocks are being chosen
 PAIRS_A_PROGRAM = 32  # of one block, in the forward pass
-PAIRS_A_BACKWARD_PROGRAM = 128
+PAIRS_A_BACKWARD_PROGRAM = 64
 SELECT_GROUPS = 128  # groups of blocks whose best scores are kept while choosing
 SELECT_PANEL = 2048  # compression blocks that are scored before they are summed
 PROGRAMS_A_MULTIPROCESSOR = 3  # that run at once, at 168 registers a thread
-SOFT_EXPONENTIALS = False
 HEAD_DIMS = (32, 64, 128)
 MAX_GROUP = 32  # query heads a KV head
 MAX_RATIO = 4  # selection side over compression side
@@ -40,7 +39,7 @@ LIMITS = {torch.float16: 12.0, torch.bfloat16: 60.0, torch.float32: 60.0}
 @dataclass(frozen=True)
 class Tile:
     """How a kernel is launched: rows (token, head) and keys of a tile, warps, pipeline stages, and
-    the registers a thread may have at head dim 32 (more of its programs then run side by side).
+    the registers a thread may have: with fewer, more programs run side by side.
     """
 
     rows: int
@@ -50,16 +49,31 @@ class Tile:
     registers: int | None = None
 
 
-# Fastest on an H200 at head dim 32 of those tried; see benchmarks/README.md.
+# By bytes of a row of q, up to which they serve. Fastest on an H200 of those that
+# benchmarks/ssa.py tune tries.
 TILES = {
-    "attend": Tile(128, 64, 4, 3, 168),
-    "pairs": Tile(128, 32, 4, 2, 168),
-    "select": Tile(128, 64, 4, 4),
-    "combine": Tile(32, 0, 4, 1),
-    "dq": Tile(64, 64, 4, 3),
-    "dkv": Tile(64, 64, 4, 3, 168),
-    "dkv_window": Tile(64, 64, 4, 2, 168),
-    "backward_pairs": Tile(64, 64, 4, 3, 168),
+    64: {
+        "attend": Tile(128, 64, 4, 3, 128),
+        "pairs": Tile(128, 32, 4, 2, 128),
+        "select": Tile(128, 64, 4, 4),
+        "combine": Tile(32, 0, 4, 1),
+        "dq": Tile(64, 64, 4, 3),
+        "dq_window": Tile(128, 32, 4, 3, 128),
+        "dkv": Tile(64, 64, 4, 3, 168),
+        "dkv_window": Tile(64, 64, 4, 2, 168),
+        "backward_pairs": Tile(64, 64, 4, 5, 168),
+    },
+    128: {
+        "attend": Tile(128, 64, 4, 3),
+        "pairs": Tile(128, 32, 4, 2),
+        "select": Tile(128, 64, 4, 4),
+        "combine": Tile(32, 0, 4, 1),
+        "dq": Tile(64, 64, 4, 3),
+        "dq_window": Tile(64, 64, 4, 3),
+        "dkv": Tile(64, 64, 4, 3),
+        "dkv_window": Tile(64, 64, 4, 2),
+        "backward_pairs": Tile(64, 64, 4, 5),
+    },
 }
 
 
@@ -150,9 +164,9 @@ def ssa_forward(
     num_selection: int,
     slots: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return output, compression and selection branch [N, Hq, D], log2-sum-exp less log2 gate
-    [3, N, Hq] float32 (compression, selection, window), selected [N, Hkv, top_k], and the sorted
-    pairs: the pairs and the first of each KV head, block and chunk (`_sort_pairs`).
+    """Return output, compression and selection branch [N, Hq, D], log2-sum-exp [3, N, Hq] float32
+    (compression and selection less log2 of the gate, window), selected [N, Hkv, top_k], and the
+    sorted pairs: the pairs and the first of each KV head, block and chunk (`_sort_pairs`).
 
     slots: compression blocks that a selection block can hold. A block without a voxel is none.
     """
@@ -178,14 +192,15 @@ def ssa_forward(
         q, k_cmp, lse[0], selected, scratch, compression_range, selection_range, inner,
         n, width, scale, SLOTS=slots, PANEL=panel, GROUPS=SELECT_GROUPS,
         MEMBERS=triton.next_power_of_2(triton.cdiv(num_selection, SELECT_GROUPS)), TOP_K=top_k,
-        SOFT=_soft(q),        **shape, **launch,
+        **shape, **launch,
     )  # fmt: skip
     del scratch
 
     chunk = _chunk(q, top_k)
     order, segments = _sort_pairs(selected, num_selection, chunk)
     shape, launch, _ = _launch("pairs", q, k)
-    tiles = _pair_tiles(segments, -(-n // chunk), min(chunk, n) * kv_heads * top_k, PAIRS_A_PROGRAM)
+    pairs = min(chunk, n) * kv_heads * top_k
+    tiles = _pair_tiles(segments, starts, num_selection, -(-n // chunk), pairs, PAIRS_A_PROGRAM)
     partial = q.new_empty(min(chunk, n), kv_heads, top_k, heads // kv_heads, dim)
     partial_lse = torch.empty(partial.shape[:-1], dtype=torch.float32, device=q.device)
     combine_shape, combine_launch, grid = _launch("combine", q, k)
@@ -195,10 +210,10 @@ def ssa_forward(
         forward_kernels.attend_pairs[(tiles.shape[1],)](
             q, k, v, partial, partial_lse, largest, order, tiles[i], starts,
             first * kv_heads * top_k, num_selection, scale, LIMITS[q.dtype], PAIRS=kv_heads * top_k,
-            SOFT=_soft(q),            **shape, **launch,
+            **shape, **launch,
         )  # fmt: skip
         forward_kernels.combine_places[grid(last - first)](
-            out, out_cmp, out_sel, lse[0], lse[1], lse[2], partial, partial_lse, selected, gates,
+            out, out_cmp, out_sel, lse[0], lse[1], partial, partial_lse, selected, gates,
             first, last, TOP_K=top_k, **combine_shape, **combine_launch,
         )  # fmt: skip
     return out, out_cmp, out_sel, lse, selected, order, segments
@@ -242,28 +257,27 @@ def ssa_backward(
     scale = q_scale * LOG2_E
     grad = grad.contiguous()
 
-    # The window branch is computed again rather than kept, in what becomes the gradient of q.
     dq = torch.empty_like(q)
-    stats = torch.empty(3, n, heads, 2, dtype=torch.float32, device=q.device)
-    _attend(q, k, v, dq, stats[0], window_order, window_range)
+    dk, dv = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
     grad_gates = torch.empty(kv_heads, n, 3, dtype=torch.float32, device=q.device)
+    stats = torch.empty(n, heads, 2, dtype=torch.float32, device=q.device)
+    shape, launch, grid = _launch("dq_window", q, k)
+    backward_kernels.dq_window[grid(n)](
+        q, k, v, grad, gates, lse[2], dq, stats, grad_gates, window_order, window_range, n,
+        scale, q_scale, **shape, **launch,
+    )  # fmt: skip
+    shape, launch, _ = _launch("dkv_window", q, k)
+    backward_kernels.dkv_places[(triton.cdiv(n, shape["BN"]), kv_heads, 1)](
+        q, k, v, grad, stats, dk, dv, window_order, window_range, window_range, n, scale,
+        q_scale, HAS_ORDER=True, **shape, **launch,
+    )  # fmt: skip
+
+    stats = torch.empty(2, n, heads, 2, dtype=torch.float32, device=q.device)
     shape, launch, grid = _launch("combine", q, k)
     del shape["BN"]
     backward_kernels.prepare_backward[grid(n)](
-        grad, out_cmp, out_sel, dq, lse[0], lse[1], lse[2], stats[0], stats[1], stats[2],
-        grad_gates, n, **shape, **launch,
-    )  # fmt: skip
-
-    dq_shape, dq_launch, grid = _launch("dq", q, k)
-    backward_kernels.dq_places[grid(n)](
-        q, k, v, grad, stats[2], dq, window_order, window_range, dq, selected,
-        0, n, scale, q_scale, PARTIALS=0, HAS_ORDER=True, **dq_shape, **dq_launch,
-    )  # fmt: skip
-    shape, launch, _ = _launch("dkv_window", q, k)
-    dk, dv = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
-    backward_kernels.dkv_places[(triton.cdiv(n, shape["BN"]), kv_heads, 1)](
-        q, k, v, grad, stats[2], dk, dv, window_order, window_range, window_range, n, scale,
-        q_scale, HAS_ORDER=True, **shape, **launch,
+        grad, out_cmp, out_sel, lse[0], lse[1], stats[0], stats[1], grad_gates, n,
+        **shape, **launch,
     )  # fmt: skip
     shape, launch, _ = _launch("dkv", q, k)
     nc = len(k_cmp)
@@ -277,11 +291,12 @@ def ssa_backward(
     )  # fmt: skip
 
     chunk = _chunk(q, top_k)
+    dq_shape, dq_launch, grid = _launch("dq", q, k)
     shape, launch, _ = _launch("backward_pairs", q, k)
     pairs = min(chunk, n) * kv_heads * top_k
     # Of one program a block, the sums of a block's programs need no order.
     pairs_a_program = pairs if deterministic else PAIRS_A_BACKWARD_PROGRAM
-    tiles = _pair_tiles(segments, -(-n // chunk), pairs, pairs_a_program)
+    tiles = _pair_tiles(segments, starts, num_selection, -(-n // chunk), pairs, pairs_a_program)
     partial = q.new_empty(min(chunk, n), kv_heads, top_k, heads // kv_heads, dim)
     for i, first in enumerate(range(0, n, chunk)):
         last = min(first + chunk, n)
@@ -290,10 +305,9 @@ def ssa_backward(
             first * kv_heads * top_k, num_selection, scale, q_scale,
             PAIRS=kv_heads * top_k, **shape, **launch,
         )  # fmt: skip
-        backward_kernels.dq_places[grid(last - first)](
-            q, k_cmp, v_cmp, grad, stats[0], dq, window_order, compression_range,
-            partial, selected, first, last, scale, q_scale,
-            PARTIALS=top_k, HAS_ORDER=False, **dq_shape, **dq_launch,
+        backward_kernels.dq_compression[grid(last - first)](
+            q, k_cmp, v_cmp, grad, stats[0], dq, compression_range, partial, selected,
+            first, last, scale, q_scale, PARTIALS=top_k, **dq_shape, **dq_launch,
         )  # fmt: skip
     return (
         dq,
@@ -371,36 +385,30 @@ def _attend(
     largest = torch.empty(grid(n), dtype=torch.float32, device=q.device)
     forward_kernels.attend_places[grid(n)](
         q, k, v, out, lse, longest, largest, ranges if order is None else order, ranges, n,
-        dim**-0.5 * LOG2_E, LIMITS[q.dtype], HAS_ORDER=order is not None,
-        SOFT=_soft(q), **shape, **launch,
+        dim**-0.5 * LOG2_E, LIMITS[q.dtype], HAS_ORDER=order is not None, **shape, **launch,
     )  # fmt: skip
     return largest.amax(0)
 
 
 def _launch(kernel: str, q: Tensor, k: Tensor):  # type: ignore[no-untyped-def]
     """Return a kernel's constants, its launch options, and its grid for a number of tokens."""
-    tile = TILES[kernel]
     heads, dim = q.shape[1:]
     kv_heads = k.shape[1]
     group = heads // kv_heads
     padded = triton.next_power_of_2(group)
-    if dim * q.element_size() > 128:  # keeps the tiles within shared memory and registers
+    row_bytes = dim * q.element_size()
+    tile = TILES[64 if row_bytes <= 64 else 128][kernel]
+    if row_bytes > 128:  # keeps the tiles within shared memory and registers
         tile = replace(tile, rows=tile.rows // 2, stages=1, keys=min(tile.keys, 32))
-    registers = tile.registers if dim * q.element_size() <= 64 else None
     tokens = max(1, tile.rows // padded)
     tokens = max(tokens, triton.cdiv(16, padded))  # a matrix instruction has 16 rows at least
     shape = {"HKV": kv_heads, "G": group, "GP": padded, "T": tokens, "D": dim, "BN": tile.keys}
-    launch = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": registers}
+    launch = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
 
     def grid(n: int) -> tuple[int, int]:
         return triton.cdiv(n, tokens), kv_heads
 
     return shape, launch, grid
-
-
-def _soft(q: Tensor) -> bool:
-    """Return whether a share of the exponentials is computed by a polynomial."""
-    return SOFT_EXPONENTIALS and q.device.type == "cuda"
 
 
 def _chunk(q: Tensor, top_k: int) -> int:
@@ -446,14 +454,21 @@ def _sort_pairs(selected: Tensor, num_selection: int, chunk: int) -> tuple[Tenso
     return order.int(), torch.searchsorted(key, places, out_int32=True)
 
 
-def _pair_tiles(segments: Tensor, chunks: int, pairs: int, tokens: int) -> Tensor:
+def _pair_tiles(
+    segments: Tensor, starts: Tensor, num_selection: int, chunks: int, pairs: int, tokens: int
+) -> Tensor:
     """Cut each chunk's segments into tiles of at most `tokens` pairs.
 
-    Returns [chunks, tiles, 3] int32: begin and end in the sorted pairs, KV head * Ns + block. The
+    Returns [chunks, tiles, 3] int32: begin and end in the sorted pairs, KV head * Ns + block; of
+    each KV head the largest blocks first, so that no long program is left running at the end. The
     number of tiles is a bound that needs no look at the data; the tiles past the last are empty.
     """
-    begin = segments[:-1].view(-1, chunks).t()
-    length = segments.diff().view(-1, chunks).t()
+    size = starts[: num_selection + 1].diff()
+    heads = (segments.numel() - 1) // (num_selection * chunks)
+    head = torch.arange(heads, device=segments.device)
+    of_rank = ((head[:, None] << 16) - size).flatten().argsort()
+    begin = segments[:-1].view(-1, chunks)[of_rank].t()
+    length = segments.diff().view(-1, chunks)[of_rank].t()
     last = ((length + tokens - 1) // tokens).cumsum(1)  # [chunks, Hkv * Ns], one past its tiles
     bound = pairs // tokens + begin.shape[1]
     tile = torch.arange(bound, device=segments.device).expand(chunks, bound).contiguous()
@@ -463,5 +478,5 @@ def _pair_tiles(segments: Tensor, chunks: int, pairs: int, tokens: int) -> Tenso
     offset = (tile - (last.gather(1, segment) - -(-length.gather(1, segment) // tokens))) * tokens
     start = begin.gather(1, segment) + offset
     end = torch.minimum(start + tokens, begin.gather(1, segment) + length.gather(1, segment))
-    table = torch.stack([start, end, segment], dim=2)
+    table = torch.stack([start, end, of_rank[segment]], dim=2)
     return torch.where(used[:, :, None], table, 0).int()
