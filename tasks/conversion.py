@@ -14,7 +14,7 @@ from tasks.mesh2sdf_engine import dense_field
 from tasks.sparse_engine import sparse_field
 
 # Part of a catalogue row's recipe: raise it when a conversion's result changes.
-CONVERSION_VERSION = "2"
+CONVERSION_VERSION = "3"
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def convert(
         result = sparse_field(vertices, faces, resolution)
         sdf, parts_in, parts_out = result.sdf, result.parts_in, result.parts_out
         method, confidence = result.method, result.confidence
-        if result.thin_cells:
-            warnings.append(f"thin: {result.thin_cells} cells of thin surface made a shell")
+        if result.thin_voxels:
+            warnings.append(f"thin: {result.thin_voxels} voxels added to make shells")
     surface, triangles = marching_cubes(
         torch.from_numpy(sdf.blocks), torch.from_numpy(sdf.values), resolution
     )

@@ -1,185 +1,243 @@
-"""The surface as seen from outside: hidden walls dropped, what is too thin made a shell (compiled).
+"""The surface as seen from outside: hidden walls dropped, what is too thin made a shell.
 
-Lengths are in voxels. Cells are named by their lower corner voxel; everything is looked up by
-voxel position through `rows` [side, side, side], the row of each block or a negative number.
+Lengths are in voxels. Cells are named by their lower corner voxel. Sets of voxels and of cells are
+masks (`tasks/masks.py`), [B, 8] uint64 for the B blocks whose place `rows` [side, side, side] tells
+(negative: no block) and whose neighbours `neighbours` [B, 6] are.
+
+Two kinds of thin surface become shells. A sheet is a patch of triangles that has the outside on
+both sides wherever it is seen: all of it becomes a shell, joined with the rest as solids are, so
+that it does not matter what lies close by. The thin places of other patches (plates under a voxel,
+wires, the open parts of vessels) are found cell by cell.
 """
 
 import numpy as np
 
 from model.compiled import compiled
 from model.sdf import BLOCK
-from tasks.distance import closest_on_triangle
+from tasks.distance import block_distances, closest_on_triangle, line_height
+from tasks.masks import (
+    NONE,
+    ONE,
+    below,
+    dilated,
+    eroded,
+    lowest,
+    mask_at,
+    row_at,
+    shifted,
+    voxels_of,
+)
 
 # Half the thickness of a shell. Over half a voxel, so that every grid edge across a sheet has an
 # end in the shell; over sqrt(1/2), so that a wire has one too; under one: two voxels at most.
 SHELL = 0.75
-THIN, EXCUSED = 1, 2
 # Cosine from which two sides count as those of a plate: wedges up to 32 degrees.
 PLATE = 0.85
+# The share of a sheet's seen crossings that may have an inside behind them.
+BACKED = 0.05
 
 
-@compiled
-def _row(rows: np.ndarray, x: int, y: int, z: int) -> int:
-    side = rows.shape[0] * BLOCK
-    if x < 0 or y < 0 or z < 0 or x >= side or y >= side or z >= side:
-        return -1
-    return rows[x >> 3, y >> 3, z >> 3]
+def sheet_faces(votes: np.ndarray, patches: np.ndarray) -> np.ndarray:
+    """Return which faces [F] belong to sheets; votes: [P, 2] of `crossing_votes`."""
+    sheet = (votes[:, 0] > 0) & (votes[:, 1] <= BACKED * votes[:, 0])
+    return sheet[patches]
 
 
-@compiled
-def _outside_at(rows: np.ndarray, outside: np.ndarray, x: int, y: int, z: int) -> bool:
-    row = _row(rows, x, y, z)
-    return row < 0 or outside[row, x & 7, y & 7, z & 7]
-
-
-@compiled
-def _all_outside(
-    rows: np.ndarray, outside: np.ndarray, x: int, y: int, z: int, low: int, high: int
-) -> bool:
-    """Return whether the voxels x + low .. x + high (both included, each axis) are outside."""
-    for i in range(x + low, x + high + 1):
-        for j in range(y + low, y + high + 1):
-            for k in range(z + low, z + high + 1):
-                if not _outside_at(rows, outside, i, j, k):
-                    return False
-    return True
-
-
-@compiled
 def drop_hidden(
     rows: np.ndarray,
+    neighbours: np.ndarray,
     blocks: np.ndarray,
     corners: np.ndarray,
-    crossings: np.ndarray,
+    walls: np.ndarray,
     outside: np.ndarray,
     distance: np.ndarray,
     nearest: np.ndarray,
     reach: float,
-) -> int:
+) -> None:
     """Replace, in place, the distances of inside voxels near hidden walls by those to seen ones.
 
     Blocks with an edge that crosses a triangle between two inside voxels, and those around them,
     are done anew, layer by layer from the outside: a voxel tries the triangles of its 26
     neighbours. The closest point counts where its cell has a corner outside; else, at the crease
     where two parts meet, the neighbour's own closest point stands in (measured: 0.75 voxel
-    too far at worst, 0.15 at the 99th percentile). Returns the number of blocks done.
+    too far at worst, 0.15 at the 99th percentile).
     """
-    count = len(blocks)
-    hides = np.zeros(count, np.bool_)
-    for b in range(count):
-        for x in range(BLOCK):
-            for y in range(BLOCK):
-                for z in range(BLOCK):
-                    if outside[b, x, y, z]:
-                        continue
-                    for axis in range(3):
-                        if crossings[b, x, y, z, axis] and not _outside_at(
-                            rows, outside,
-                            blocks[b, 0] * BLOCK + x + (axis == 0),
-                            blocks[b, 1] * BLOCK + y + (axis == 1),
-                            blocks[b, 2] * BLOCK + z + (axis == 2),
-                        ):  # fmt: skip
-                            hides[b] = True
-    place = np.full(count, -1, np.int64)
-    work = 0
-    for b in range(count):
-        found = False
-        for n in range(27):
-            x, y, z = (
-                blocks[b, 0] + n // 9 - 1,
-                blocks[b, 1] + n // 3 % 3 - 1,
-                blocks[b, 2] + n % 3 - 1,
-            )
-            row = _row(rows, x * BLOCK, y * BLOCK, z * BLOCK)
-            found |= row >= 0 and hides[row]
-        if found:
-            place[b] = work
-            work += 1
-    feet = np.empty((work, BLOCK, BLOCK, BLOCK, 3), np.float32)
-    todo = np.zeros((count, BLOCK, BLOCK, BLOCK), np.bool_)
-    waiting = np.empty((work * BLOCK**3, 3), np.int32)
-    left = 0
-    for b in range(count):
-        if place[b] < 0:
-            continue
-        for x in range(BLOCK):
-            for y in range(BLOCK):
-                for z in range(BLOCK):
-                    if not outside[b, x, y, z]:
-                        todo[b, x, y, z] = True
-                        distance[b, x, y, z] = reach
-                        nearest[b, x, y, z] = -1
-                        waiting[left, 0] = blocks[b, 0] * BLOCK + x
-                        waiting[left, 1] = blocks[b, 1] * BLOCK + y
-                        waiting[left, 2] = blocks[b, 2] * BLOCK + z
-                        left += 1
-    layer = np.empty_like(waiting)
+    hidden = np.zeros_like(outside)
+    for axis in range(3):
+        hidden |= walls[axis] & ~outside & ~shifted(outside, neighbours, axis, True)
+    place = _around(rows, blocks, hidden.any(1), 1)
+    if not place.any():
+        return
+    todo = np.where(place[:, None], ~outside, NONE)
+    work = np.where(place, np.cumsum(place) - 1, -1)
+    feet = np.empty((int(place.sum()), BLOCK, BLOCK, BLOCK, 3), np.float32)
+    _forget(todo, distance, nearest, reach)
+    touch = dilated(outside, neighbours, (True,))
     for _ in range(int(np.ceil(reach)) + 1):
-        kept = size = 0
-        for n in range(left):
-            x, y, z = waiting[n]
-            found = False
-            for m in range(27):
-                i, j, k = x + m // 9 - 1, y + m // 3 % 3 - 1, z + m % 3 - 1
-                row = _row(rows, i, j, k)
-                if row >= 0 and not todo[row, i & 7, j & 7, k & 7]:
-                    found = True
-                    break
-            if found:
-                layer[size] = waiting[n]
-                size += 1
-            else:
-                waiting[kept] = waiting[n]
-                kept += 1
-        left = kept
-        for n in range(size):
-            x, y, z = layer[n]
-            best, which = np.inf, -1
-            fx = fy = fz = 0.0
-            for m in range(27):
-                i, j, k = x + m // 9 - 1, y + m // 3 % 3 - 1, z + m % 3 - 1
-                row = _row(rows, i, j, k)
-                if row < 0 or todo[row, i & 7, j & 7, k & 7]:
-                    continue
-                t = nearest[row, i & 7, j & 7, k & 7]
-                if t < 0:
-                    continue
-                qx, qy, qz = closest_on_triangle(x, y, z, corners[t])
-                cx, cy, cz = int(np.floor(qx)), int(np.floor(qy)), int(np.floor(qz))
-                d = ((x - qx) ** 2 + (y - qy) ** 2 + (z - qz) ** 2) ** 0.5
-                if d >= best:
-                    continue
-                if not _touches_outside(rows, outside, cx, cy, cz):
-                    if not outside[row, i & 7, j & 7, k & 7] and place[row] >= 0:
-                        foot = feet[place[row], i & 7, j & 7, k & 7]
-                        qx, qy, qz = float(foot[0]), float(foot[1]), float(foot[2])
-                    else:
-                        qx, qy, qz = closest_on_triangle(i, j, k, corners[t])
-                    d = ((x - qx) ** 2 + (y - qy) ** 2 + (z - qz) ** 2) ** 0.5
-                if d < best:
-                    best, which, fx, fy, fz = d, t, qx, qy, qz
-            b = rows[x >> 3, y >> 3, z >> 3]
-            foot = feet[place[b], x & 7, y & 7, z & 7]
-            foot[0], foot[1], foot[2] = fx, fy, fz
-            distance[b, x & 7, y & 7, z & 7] = min(best, reach)
-            nearest[b, x & 7, y & 7, z & 7] = which
-        for n in range(size):
-            x, y, z = layer[n]
-            todo[rows[x >> 3, y >> 3, z >> 3], x & 7, y & 7, z & 7] = False
-    return work
+        layer = todo & ~eroded(todo, neighbours, (False, True))
+        _try_neighbours(
+            rows, blocks, corners, outside, touch, todo, voxels_of(layer), work, feet,
+            distance, nearest, reach,
+        )  # fmt: skip
+        todo &= ~layer
 
 
 @compiled
-def _touches_outside(rows: np.ndarray, outside: np.ndarray, x: int, y: int, z: int) -> bool:
-    for c in range(8):
-        if _outside_at(rows, outside, x + (c >> 2), y + (c >> 1 & 1), z + (c & 1)):
-            return True
-    return False
+def _around(rows: np.ndarray, blocks: np.ndarray, marked: np.ndarray, reach: int) -> np.ndarray:
+    """Return the blocks [B] bool with a marked one within `reach` blocks along each axis."""
+    found = np.zeros(len(blocks), np.bool_)
+    for b in range(len(blocks)):
+        if not marked[b]:
+            continue
+        for i in range(blocks[b, 0] - reach, blocks[b, 0] + reach + 1):
+            for j in range(blocks[b, 1] - reach, blocks[b, 1] + reach + 1):
+                for k in range(blocks[b, 2] - reach, blocks[b, 2] + reach + 1):
+                    row = row_at(rows, i * BLOCK, j * BLOCK, k * BLOCK)
+                    if row >= 0:
+                        found[row] = True
+    return found
+
+
+@compiled
+def _forget(todo: np.ndarray, distance: np.ndarray, nearest: np.ndarray, reach: float) -> None:
+    """Set the voxels in `todo` to have no triangle within reach."""
+    for b in range(len(todo)):
+        for x in range(BLOCK):
+            word = todo[b, x]
+            while word != NONE:
+                v = lowest(word)
+                word &= word - ONE
+                distance[b, x, v >> 3, v & 7] = reach
+                nearest[b, x, v >> 3, v & 7] = -1
+
+
+@compiled
+def _try_neighbours(
+    rows: np.ndarray,
+    blocks: np.ndarray,
+    corners: np.ndarray,
+    outside: np.ndarray,
+    touch: np.ndarray,
+    todo: np.ndarray,
+    layer: np.ndarray,
+    work: np.ndarray,
+    feet: np.ndarray,
+    distance: np.ndarray,
+    nearest: np.ndarray,
+    reach: float,
+) -> None:
+    """Give each voxel of the layer [N], by id, the best of its neighbours' closest points.
+
+    feet [W, 8, 8, 8, 3]: the closest points of inside voxels, by work [B]; touch: the cells with a
+    corner outside.
+    """
+    for n in range(len(layer)):
+        b, inner = layer[n] >> 9, layer[n] & 511
+        x = blocks[b, 0] * BLOCK + (inner >> 6)
+        y = blocks[b, 1] * BLOCK + (inner >> 3 & 7)
+        z = blocks[b, 2] * BLOCK + (inner & 7)
+        best, which, last, seen = np.inf, -1, -1, False
+        fx = fy = fz = tx = ty = tz = 0.0
+        for m in range(27):
+            i, j, k = x + m // 9 - 1, y + m // 3 % 3 - 1, z + m % 3 - 1
+            row = row_at(rows, i, j, k)
+            if row < 0 or mask_at(todo, rows, i, j, k):
+                continue
+            t = nearest[row, i & 7, j & 7, k & 7]
+            if t < 0:
+                continue
+            if t != last:
+                last = t
+                tx, ty, tz = closest_on_triangle(x, y, z, corners[t])
+                seen = mask_at(touch, rows, int(np.floor(tx)), int(np.floor(ty)), int(np.floor(tz)))
+            qx, qy, qz = tx, ty, tz
+            d = ((x - qx) ** 2 + (y - qy) ** 2 + (z - qz) ** 2) ** 0.5
+            if d >= best:
+                continue
+            if not seen:
+                if work[row] >= 0 and not mask_at(outside, rows, i, j, k):
+                    foot = feet[work[row], i & 7, j & 7, k & 7]
+                    qx, qy, qz = float(foot[0]), float(foot[1]), float(foot[2])
+                else:
+                    qx, qy, qz = closest_on_triangle(i, j, k, corners[t])
+                d = ((x - qx) ** 2 + (y - qy) ** 2 + (z - qz) ** 2) ** 0.5
+            if d < best:
+                best, which, fx, fy, fz = d, t, qx, qy, qz
+        foot = feet[work[b], x & 7, y & 7, z & 7]
+        foot[0], foot[1], foot[2] = fx, fy, fz
+        distance[b, x & 7, y & 7, z & 7] = min(best, reach)
+        nearest[b, x & 7, y & 7, z & 7] = which
+
+
+def weak_voxels(outside: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+    """Return the voxels outside, or inside with two inside neighbours at most.
+
+    The few samples that a wire happens to catch are such: they represent no solid.
+    """
+    ones, twos, fours = (np.zeros_like(outside) for _ in range(3))  # a count, digit by digit
+    for axis in range(3):
+        for ahead in (False, True):
+            inside = ~shifted(outside, neighbours, axis, ahead)
+            carry = ones & inside
+            ones ^= inside
+            fours |= twos & carry
+            twos ^= carry
+    return outside | ~(fours | twos & ones)
+
+
+def thin_cells(
+    rows: np.ndarray,
+    neighbours: np.ndarray,
+    blocks: np.ndarray,
+    corners: np.ndarray,
+    shifted_corners: np.ndarray,
+    starts: np.ndarray,
+    triangles: np.ndarray,
+    patches: np.ndarray,
+    sheet: np.ndarray,
+    walls: np.ndarray,
+    odd: np.ndarray,
+    outside: np.ndarray,
+    distance: np.ndarray,
+    nearest: np.ndarray,
+) -> np.ndarray:
+    """Return the cells in which the surface, sheets left aside, has to be made a shell.
+
+    shifted_corners: those that made the crossings walls and odd [3, B, 8], without sheets; starts,
+    triangles: the candidates of each block; patches, sheet: [F].
+
+    Beside the solid that it belongs to, a thin place is the sharp rim or a crack of that solid,
+    and cut off as sampling does: it is excused, unless a thin cell that is not lies next to it.
+    """
+    weak = weak_voxels(outside, neighbours)
+    empty = eroded(weak, neighbours, (True,))
+    lonely = eroded(empty, neighbours, (False, True))  # no solid voxel within a voxel of it
+    thin, excused = np.zeros_like(outside), np.zeros_like(outside)
+    for axis in range(3):
+        across = walls[axis] & outside & shifted(outside, neighbours, axis, True)
+        _mark_edges(
+            rows, blocks, shifted_corners, starts, triangles, sheet, across, odd[axis], axis,
+            lonely, thin, excused,
+        )  # fmt: skip
+    # Farther voxels than a cell of the shell's surface has as corners don't count.
+    near = outside & below(distance, SHELL + 1.0)
+    _mark_feet(
+        rows, blocks, corners, patches, sheet, near, nearest, weak, empty, lonely, thin, excused
+    )
+    for _ in range(2):  # excused cells lie up to two deep around an inside voxel
+        thin |= excused & ~eroded(~thin, neighbours, (False, True))
+    return thin
 
 
 @compiled
 def _is_plate(
-    corners: np.ndarray, candidates: np.ndarray, x: int, y: int, z: int, axis: int
+    corners: np.ndarray,
+    candidates: np.ndarray,
+    sheet: np.ndarray,
+    x: int,
+    y: int,
+    z: int,
+    axis: int,
 ) -> bool:
     """Return whether the edge from voxel x, y, z to +axis passes between nearly parallel sides.
 
@@ -189,30 +247,27 @@ def _is_plate(
     u, v = (axis + 1) % 3, (axis + 2) % 3
     pu, pv, bottom = at[u], at[v], at[axis]
     low, high = np.inf, -np.inf
-    lowest = highest = -1
+    lowest_one = highest_one = -1
     for t in candidates:
         c = corners[t]
         if min(c[0, u], c[1, u], c[2, u]) > pu or max(c[0, u], c[1, u], c[2, u]) < pu:
             continue
         if min(c[0, v], c[1, v], c[2, v]) > pv or max(c[0, v], c[1, v], c[2, v]) < pv:
             continue
-        e0 = (c[1, u] - c[0, u]) * (pv - c[0, v]) - (c[1, v] - c[0, v]) * (pu - c[0, u])
-        e1 = (c[2, u] - c[1, u]) * (pv - c[1, v]) - (c[2, v] - c[1, v]) * (pu - c[1, u])
-        e2 = (c[0, u] - c[2, u]) * (pv - c[2, v]) - (c[0, v] - c[2, v]) * (pu - c[2, u])
-        if (e0 >= 0) != (e1 >= 0) or (e1 >= 0) != (e2 >= 0) or e0 + e1 + e2 == 0:
+        if sheet[t]:
             continue
-        height = (e1 * c[0, axis] + e2 * c[1, axis] + e0 * c[2, axis]) / (e0 + e1 + e2)
+        height = line_height(c, axis, pu, pv)
         if not bottom <= height <= bottom + 1:
             continue
         if height < low:
-            low, lowest = height, t
+            low, lowest_one = height, t
         if height > high:
-            high, highest = height, t
-    if lowest == highest:
+            high, highest_one = height, t
+    if lowest_one == highest_one:
         return False
     # Turned to face each way along the edge, whatever their orientation: the sides of a plate then
     # face away from each other, those of a flat bump that the edge cuts off the same way.
-    a, b = _normal(corners[lowest]), _normal(corners[highest])
+    a, b = _normal(corners[lowest_one]), _normal(corners[highest_one])
     facing = a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
     return (facing if a[axis] * b[axis] < 0 else -facing) < -PLATE
 
@@ -227,178 +282,231 @@ def _normal(c: np.ndarray) -> tuple[float, float, float]:
 
 
 @compiled
-def _mark_cell(
-    rows: np.ndarray, weak: np.ndarray, cells: np.ndarray, x: int, y: int, z: int, sure: bool
-) -> None:
-    """Mark a cell THIN, or EXCUSED where a solid voxel lies within a voxel of it, unless sure."""
-    row = _row(rows, x, y, z)
-    if row < 0 or cells[row, x & 7, y & 7, z & 7] == THIN:
-        return
-    thin = sure or _all_outside(rows, weak, x, y, z, -1, 2)
-    cells[row, x & 7, y & 7, z & 7] = THIN if thin else EXCUSED
+def _mark(masks: np.ndarray, rows: np.ndarray, x: int, y: int, z: int) -> None:
+    row = row_at(rows, x, y, z)
+    if row >= 0:
+        masks[row, x & 7] |= ONE << np.uint64((y & 7) * 8 + (z & 7))
 
 
 @compiled
-def weak_voxels(rows: np.ndarray, blocks: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    """Return the voxels [B, 8, 8, 8] outside, or inside with two inside neighbours at most.
-
-    The few samples that a wire happens to catch are such: they represent no solid.
-    """
-    weak = outside.copy()
-    for b in range(len(blocks)):
-        x0, y0, z0 = blocks[b, 0] * BLOCK, blocks[b, 1] * BLOCK, blocks[b, 2] * BLOCK
-        for x in range(x0, x0 + BLOCK):
-            for y in range(y0, y0 + BLOCK):
-                for z in range(z0, z0 + BLOCK):
-                    if outside[b, x & 7, y & 7, z & 7]:
-                        continue
-                    found = 0
-                    for axis in range(3):
-                        i, j, k = int(axis == 0), int(axis == 1), int(axis == 2)
-                        found += not _outside_at(rows, outside, x + i, y + j, z + k)
-                        found += not _outside_at(rows, outside, x - i, y - j, z - k)
-                    weak[b, x & 7, y & 7, z & 7] = found <= 2
-    return weak
-
-
-@compiled
-def thin_edges(
+def _mark_edges(
     rows: np.ndarray,
     blocks: np.ndarray,
-    shifted: np.ndarray,
+    shifted_corners: np.ndarray,
     starts: np.ndarray,
     triangles: np.ndarray,
-    crossings: np.ndarray,
-    outside: np.ndarray,
-    weak: np.ndarray,
-    cells: np.ndarray,
+    sheet: np.ndarray,
+    across: np.ndarray,
+    odd: np.ndarray,
+    axis: int,
+    lonely: np.ndarray,
+    thin: np.ndarray,
+    excused: np.ndarray,
 ) -> None:
-    """Mark, in place, the cells around edges that cross the mesh between two outside voxels.
+    """Mark, in place, the cells around the edges `across` that have the outside at both ends.
 
-    An odd number of crossings is an open sheet; but with an inside voxel around, it may also be a
-    crack along the rim of a solid. Two nearly parallel sides are a plate thinner than a voxel.
-    Other even crossings cut off a sharp rim, as sampling does. shifted: the corners that made the
-    crossings; starts, triangles: the candidates of each block.
+    An odd number of crossings is an open surface; but with an inside voxel around, it may also
+    be a crack along the rim of a solid. Two nearly parallel sides are a plate thinner than a
+    voxel. Other even crossings cut off a sharp rim, as sampling does.
     """
     for b in range(len(blocks)):
-        x0, y0, z0 = blocks[b, 0] * BLOCK, blocks[b, 1] * BLOCK, blocks[b, 2] * BLOCK
         own = triangles[starts[b] : starts[b + 1]]
-        for x in range(x0, x0 + BLOCK):
-            for y in range(y0, y0 + BLOCK):
-                for z in range(z0, z0 + BLOCK):
-                    if not outside[b, x & 7, y & 7, z & 7]:
-                        continue
-                    for axis in range(3):
-                        crossed = crossings[b, x & 7, y & 7, z & 7, axis]
-                        if not crossed or not _outside_at(
-                            rows, outside, x + (axis == 0), y + (axis == 1), z + (axis == 2)
-                        ):
-                            continue
-                        plate = not crossed & 1
-                        if plate and not _is_plate(shifted, own, x, y, z, axis):
-                            continue
-                        for m in range(4):
-                            p, q = m >> 1, m & 1
-                            i = x - (p if axis != 0 else 0)
-                            j = y - (p if axis == 0 else q if axis == 2 else 0)
-                            k = z - (q if axis != 2 else 0)
-                            _mark_cell(rows, weak, cells, i, j, k, plate)
+        for i in range(BLOCK):
+            word = across[b, i]
+            while word != NONE:
+                v = lowest(word)
+                word &= word - ONE
+                x = blocks[b, 0] * BLOCK + i
+                y = blocks[b, 1] * BLOCK + (v >> 3)
+                z = blocks[b, 2] * BLOCK + (v & 7)
+                plate = odd[b, i] >> np.uint64(v) & ONE == NONE
+                if plate and not _is_plate(shifted_corners, own, sheet, x, y, z, axis):
+                    continue
+                for m in range(4):
+                    p, q = m >> 1, m & 1
+                    cx = x - (p if axis != 0 else 0)
+                    cy = y - (p if axis == 0 else q if axis == 2 else 0)
+                    cz = z - (q if axis != 2 else 0)
+                    if plate or mask_at(lonely, rows, cx, cy, cz):
+                        _mark(thin, rows, cx, cy, cz)
+                    else:
+                        _mark(excused, rows, cx, cy, cz)
 
 
 @compiled
-def thin_feet(
+def _mark_feet(
     rows: np.ndarray,
     blocks: np.ndarray,
     corners: np.ndarray,
-    outside: np.ndarray,
-    weak: np.ndarray,
-    distance: np.ndarray,
+    patches: np.ndarray,
+    sheet: np.ndarray,
+    near: np.ndarray,
     nearest: np.ndarray,
-    cells: np.ndarray,
+    weak: np.ndarray,
+    empty: np.ndarray,
+    lonely: np.ndarray,
+    thin: np.ndarray,
+    excused: np.ndarray,
 ) -> None:
     """Mark, in place, the cells that the surface enters though none of their corners is solid.
 
     They are found as those of the closest points of outside voxels: wires, crumbs, the borders of
-    sheets; with a solid voxel around, sharp rims of solids.
+    open surfaces; and sharp rims, with a solid voxel of the same patch around.
     """
     for b in range(len(blocks)):
-        x0, y0, z0 = blocks[b, 0] * BLOCK, blocks[b, 1] * BLOCK, blocks[b, 2] * BLOCK
-        for x in range(x0, x0 + BLOCK):
-            for y in range(y0, y0 + BLOCK):
-                for z in range(z0, z0 + BLOCK):
-                    i, j, k = x & 7, y & 7, z & 7
-                    # Farther voxels than a cell of the shell's surface has as corners don't count.
-                    if not outside[b, i, j, k] or distance[b, i, j, k] >= SHELL + 1.0:
-                        continue
-                    qx, qy, qz = closest_on_triangle(x, y, z, corners[nearest[b, i, j, k]])
-                    i, j, k = int(np.floor(qx)), int(np.floor(qy)), int(np.floor(qz))
-                    if _all_outside(rows, weak, i, j, k, 0, 1):
-                        _mark_cell(rows, weak, cells, i, j, k, False)
+        for i in range(BLOCK):
+            word = near[b, i]
+            while word != NONE:
+                v = lowest(word)
+                word &= word - ONE
+                t = nearest[b, i, v >> 3, v & 7]
+                if sheet[t]:
+                    continue
+                qx, qy, qz = closest_on_triangle(
+                    blocks[b, 0] * BLOCK + i,
+                    blocks[b, 1] * BLOCK + (v >> 3),
+                    blocks[b, 2] * BLOCK + (v & 7),
+                    corners[t],
+                )
+                x, y, z = int(np.floor(qx)), int(np.floor(qy)), int(np.floor(qz))
+                if not mask_at(empty, rows, x, y, z) or mask_at(thin, rows, x, y, z):
+                    continue
+                if mask_at(lonely, rows, x, y, z):
+                    _mark(thin, rows, x, y, z)
+                elif _own_solid(rows, weak, nearest, patches, patches[t], x, y, z):
+                    _mark(excused, rows, x, y, z)
+                else:
+                    _mark(thin, rows, x, y, z)
 
 
 @compiled
-def settle_excused(rows: np.ndarray, blocks: np.ndarray, cells: np.ndarray) -> None:
-    """Make thin, in place, the excused cells next to thin ones: there a sheet meets a solid."""
-    for _ in range(2):  # excused cells lie up to two deep around an inside voxel
-        before = cells.copy()
-        for b in range(len(blocks)):
-            x0, y0, z0 = blocks[b, 0] * BLOCK, blocks[b, 1] * BLOCK, blocks[b, 2] * BLOCK
-            for x in range(x0, x0 + BLOCK):
-                for y in range(y0, y0 + BLOCK):
-                    for z in range(z0, z0 + BLOCK):
-                        if before[b, x & 7, y & 7, z & 7] != EXCUSED:
-                            continue
-                        for m in range(27):
-                            i, j, k = x + m // 9 - 1, y + m // 3 % 3 - 1, z + m % 3 - 1
-                            row = _row(rows, i, j, k)
-                            if row >= 0 and before[row, i & 7, j & 7, k & 7] == THIN:
-                                cells[b, x & 7, y & 7, z & 7] = THIN
+def _own_solid(
+    rows: np.ndarray,
+    weak: np.ndarray,
+    nearest: np.ndarray,
+    patches: np.ndarray,
+    patch: int,
+    x: int,
+    y: int,
+    z: int,
+) -> bool:
+    """Return whether a solid voxel within a voxel of cell x, y, z is closest to a patch."""
+    for i in range(x - 1, x + 3):
+        for j in range(y - 1, y + 3):
+            for k in range(z - 1, z + 3):
+                if mask_at(weak, rows, i, j, k):
+                    continue
+                t = nearest[rows[i >> 3, j >> 3, k >> 3], i & 7, j & 7, k & 7]
+                if t >= 0 and patches[t] == patch:
+                    return True
+    return False
 
 
-@compiled
 def thicken(
     rows: np.ndarray,
     blocks: np.ndarray,
     corners: np.ndarray,
-    cells: np.ndarray,
+    thin: np.ndarray,
+    sheet: np.ndarray,
     nearest: np.ndarray,
     field: np.ndarray,
 ) -> None:
     """Lower the field, in place, by SHELL where the closest point lies in a thin cell."""
-    holds = np.zeros(len(blocks), np.bool_)
-    for b in range(len(blocks)):
-        holds[b] = np.any(cells[b] == THIN)
-    for b in range(len(blocks)):
-        near = False
-        for n in range(125):  # closest points are up to 9 voxels away at 2048
-            i = blocks[b, 0] + n // 25 - 2
-            j = blocks[b, 1] + n // 5 % 5 - 2
-            k = blocks[b, 2] + n % 5 - 2
-            row = _row(rows, i * BLOCK, j * BLOCK, k * BLOCK)
-            near |= row >= 0 and holds[row]
-        if not near:
-            continue
+    # Closest points are up to 9 voxels away at 2048: in the second block.
+    near = _around(rows, blocks, (thin != NONE).any(1), 2)
+    _lower_field(rows, blocks, corners, thin, sheet, np.flatnonzero(near), nearest, field)
+
+
+@compiled
+def _lower_field(
+    rows: np.ndarray,
+    blocks: np.ndarray,
+    corners: np.ndarray,
+    thin: np.ndarray,
+    sheet: np.ndarray,
+    near: np.ndarray,
+    nearest: np.ndarray,
+    field: np.ndarray,
+) -> None:
+    for b in near:
         for x in range(BLOCK):
             for y in range(BLOCK):
                 for z in range(BLOCK):
                     t = nearest[b, x, y, z]
-                    if t < 0:
+                    if t < 0 or sheet[t]:
                         continue
                     px = blocks[b, 0] * BLOCK + x
                     py = blocks[b, 1] * BLOCK + y
                     pz = blocks[b, 2] * BLOCK + z
                     qx, qy, qz = closest_on_triangle(px, py, pz, corners[t])
                     cx, cy, cz = int(np.floor(qx)), int(np.floor(qy)), int(np.floor(qz))
-                    row = _row(rows, cx, cy, cz)
-                    if row >= 0 and cells[row, cx & 7, cy & 7, cz & 7] == THIN:
+                    if row_at(rows, cx, cy, cz) >= 0 and mask_at(thin, rows, cx, cy, cz):
                         field[b, x, y, z] -= SHELL
 
 
+def join_sheets(
+    blocks: np.ndarray,
+    corners: np.ndarray,
+    starts: np.ndarray,
+    triangles: np.ndarray,
+    sheet: np.ndarray,
+    field: np.ndarray,
+    reach: float,
+) -> None:
+    """Join, in place, the field with the shells of sheets: the lesser of the two."""
+    few, more, chosen, chosen_starts = _sheet_candidates(starts, triangles, sheet)
+    field[few] = np.minimum(field[few], np.abs(field[few]) - np.float32(SHELL))
+    distance, _ = block_distances(corners, blocks[more], chosen_starts, chosen, reach)
+    field[more] = np.minimum(field[more], distance - np.float32(SHELL))
+
+
 @compiled
+def _sheet_candidates(
+    starts: np.ndarray, triangles: np.ndarray, sheet: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return blocks near sheets only, blocks near others too, and the latter's sheet candidates."""
+    pure, mixed = np.empty(len(starts), np.int64), np.empty(len(starts), np.int64)
+    chosen = np.empty_like(triangles)
+    chosen_starts = np.zeros(len(starts) + 1, np.int64)
+    pures = mixes = at = 0
+    for b in range(len(starts) - 1):
+        before = at
+        for t in triangles[starts[b] : starts[b + 1]]:
+            if sheet[t]:
+                chosen[at] = t
+                at += 1
+        if at == before:
+            continue
+        if at - before == starts[b + 1] - starts[b]:
+            pure[pures] = b
+            pures += 1
+            at = before
+        else:
+            mixed[mixes] = b
+            mixes += 1
+            chosen_starts[mixes] = at
+    return pure[:pures], mixed[:mixes], chosen[:at], chosen_starts[: mixes + 1]
+
+
+def bound_corners(neighbours: np.ndarray, field: np.ndarray) -> None:
+    """Bring corners of cells that the surface crosses, in place, to at most sqrt(3) from zero.
+
+    They are no farther from it. Without this, where a shell ends beside a surface that is none,
+    a corner could lie outside the band, its block be left out, and the surface be open.
+    """
+    inside = below(field, 0.0)
+    crossed = ~eroded(inside, neighbours, (True,)) & ~eroded(~inside, neighbours, (True,))
+    corners = voxels_of(~eroded(~crossed, neighbours, (False,)))
+    most = np.float32(3**0.5)
+    flat = field.reshape(-1)
+    flat[corners] = np.clip(flat[corners], -most, most)
+
+
 def cap_holes(
     rows: np.ndarray,
+    neighbours: np.ndarray,
     blocks: np.ndarray,
-    crossings: np.ndarray,
+    walls: np.ndarray,
     outside: np.ndarray,
     field: np.ndarray,
 ) -> None:
@@ -406,60 +514,46 @@ def cap_holes(
 
     Between them lies what closes a hole: no triangle, so their distances tell nothing.
     """
-    for b in range(len(blocks)):
-        for x in range(BLOCK):
-            for y in range(BLOCK):
-                for z in range(BLOCK):
-                    for axis in range(3):
-                        if crossings[b, x, y, z, axis]:
-                            continue
-                        i = blocks[b, 0] * BLOCK + x + (axis == 0)
-                        j = blocks[b, 1] * BLOCK + y + (axis == 1)
-                        k = blocks[b, 2] * BLOCK + z + (axis == 2)
-                        row = _row(rows, i, j, k)
-                        if row < 0 or outside[row, i & 7, j & 7, k & 7] == outside[b, x, y, z]:
-                            continue
-                        field[b, x, y, z] = min(max(field[b, x, y, z], -0.5), 0.5)
-                        other = field[row, i & 7, j & 7, k & 7]
-                        field[row, i & 7, j & 7, k & 7] = min(max(other, -0.5), 0.5)
+    for axis in range(3):
+        open_ = (outside ^ shifted(outside, neighbours, axis, True)) & ~walls[axis]
+        _cap_edges(rows, blocks, voxels_of(open_), axis, field)
 
 
 @compiled
-def seen_parts(
-    rows: np.ndarray,
-    blocks: np.ndarray,
-    part_of_face: np.ndarray,
-    part_count: int,
-    outside: np.ndarray,
-    distance: np.ndarray,
-    nearest: np.ndarray,
-    field: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (seen [P], found [P]): parts closest to an outside voxel; parts at the surface.
+def _cap_edges(
+    rows: np.ndarray, blocks: np.ndarray, voxels: np.ndarray, axis: int, field: np.ndarray
+) -> None:
+    for id_ in voxels:
+        b, x, y, z = id_ >> 9, id_ >> 6 & 7, id_ >> 3 & 7, id_ & 7
+        i = blocks[b, 0] * BLOCK + x + (axis == 0)
+        j = blocks[b, 1] * BLOCK + y + (axis == 1)
+        k = blocks[b, 2] * BLOCK + z + (axis == 2)
+        row = row_at(rows, i, j, k)
+        if row < 0:
+            continue
+        field[b, x, y, z] = min(max(field[b, x, y, z], -0.5), 0.5)
+        other = field[row, i & 7, j & 7, k & 7]
+        field[row, i & 7, j & 7, k & 7] = min(max(other, -0.5), 0.5)
 
-    At the surface: one end of an edge on which the field changes its sign is closest to the part.
-    """
-    seen = np.zeros(part_count, np.bool_)
-    found = np.zeros(part_count, np.bool_)
-    for b in range(len(blocks)):
-        for x in range(BLOCK):
-            for y in range(BLOCK):
-                for z in range(BLOCK):
-                    t = nearest[b, x, y, z]
-                    if t >= 0 and outside[b, x, y, z] and distance[b, x, y, z] < 1.0:
-                        seen[part_of_face[t]] = True
-                    for axis in range(3):
-                        i = blocks[b, 0] * BLOCK + x + (axis == 0)
-                        j = blocks[b, 1] * BLOCK + y + (axis == 1)
-                        k = blocks[b, 2] * BLOCK + z + (axis == 2)
-                        row = _row(rows, i, j, k)
-                        if row < 0:
-                            continue
-                        if (field[row, i & 7, j & 7, k & 7] < 0) == (field[b, x, y, z] < 0):
-                            continue
-                        s = nearest[row, i & 7, j & 7, k & 7]
-                        if t >= 0:
-                            found[part_of_face[t]] = True
-                        if s >= 0:
-                            found[part_of_face[s]] = True
-    return seen, found
+
+@compiled
+def nearest_parts(voxels: np.ndarray, nearest: np.ndarray, part_of_face: np.ndarray) -> np.ndarray:
+    """Return which parts [P] bool are closest to one of the voxels [N], given by id."""
+    found = np.zeros(part_of_face.max() + 1, np.bool_)
+    flat = nearest.reshape(-1)
+    for id_ in voxels:
+        if flat[id_] >= 0:
+            found[part_of_face[flat[id_]]] = True
+    return found
+
+
+def surface_voxels(neighbours: np.ndarray, field: np.ndarray) -> np.ndarray:
+    """Return the ids [N] of the voxels that end an edge on which the field changes its sign."""
+    inside = below(field, 0.0)
+    ends = np.zeros_like(inside)
+    for axis in range(3):
+        for ahead in (False, True):
+            # What is not there changes no sign: it counts as set, whichever mask is asked.
+            ends |= inside & ~shifted(inside, neighbours, axis, ahead)
+            ends |= ~inside & ~shifted(~inside, neighbours, axis, ahead)
+    return voxels_of(ends)

@@ -15,6 +15,22 @@ from scipy import ndimage
 
 from model.compiled import compiled
 from model.sdf import BLOCK
+from tasks.masks import (
+    ALL,
+    BEYOND,
+    NONE,
+    ONE,
+    Y_FIRST,
+    Y_LAST,
+    Z_FIRST,
+    Z_LAST,
+    below,
+    block_neighbours,
+    lowest,
+    population,
+    unite,
+    voxels_of,
+)
 
 # A place is wide when it holds a voxel farther than this from every triangle, in voxels.
 CLEARANCE = 1.5
@@ -29,127 +45,292 @@ SURE = 0.75
 # Solid angles to compute at most, some 2 s: past it the smaller pockets are not asked about.
 SOLID_ANGLES = 100_000_000
 
-UNREACHED, WIDE, POCKET = 0, 1, 100  # 1 + n: n steps from a wide place; from 100: the pockets
-INSIDE, CONTESTED = -1, -2
-BEYOND = -(2**31)  # "row" of a neighbour beyond the grid; other negatives are far regions
+# The voxels on each side of a block (-x, +x, -y, ...), as eight words.
+FACES = np.zeros((6, BLOCK), np.uint64)
+FACES[0, 0] = FACES[1, 7] = ALL
+FACES[2], FACES[3], FACES[4], FACES[5] = Y_FIRST, Y_LAST, Z_FIRST, Z_LAST
 
 
 @compiled
-def _spread(
+def _fill(b: int, reached: np.ndarray, allowed: np.ndarray, walls: np.ndarray) -> None:
+    """Extend, in place, what is reached of block b as far as it goes inside the block."""
+    one, eight = np.uint64(1), np.uint64(8)
+    changed = True
+    while changed:
+        changed = False
+        for turn in range(16):
+            x = turn if turn < 8 else 15 - turn
+            word = reached[b, x]
+            if x > 0:
+                word |= reached[b, x - 1] & ~walls[0, b, x - 1]
+            if x < 7:
+                word |= reached[b, x + 1] & ~walls[0, b, x]
+            word &= allowed[b, x]
+            if word == NONE:
+                continue
+            free_y, free_z = ~walls[1, b, x], ~walls[2, b, x] & ~Z_LAST
+            while True:
+                more = word | (word & free_z) << one | (word >> one & free_z)
+                more |= (word & free_y) << eight | (word >> eight & free_y)
+                more &= allowed[b, x]
+                if more == word:
+                    break
+                word = more
+            if word != reached[b, x]:
+                reached[b, x] = word
+                changed = True
+
+
+@compiled
+def _across(
+    b: int,
+    n: int,
+    side: int,
+    x: int,
+    source: np.ndarray,
+    walls: np.ndarray,
+) -> np.uint64:
+    """Return where the voxels of word x of block b get to in block n, its neighbour on a side.
+
+    The result belongs to word x of n; for sides 0 and 1 to words 7 and 0.
+    """
+    word = source[b, x]
+    if side == 0:
+        return word & ~walls[0, n, 7] if x == 0 else NONE
+    if side == 1:
+        return word & ~walls[0, b, 7] if x == 7 else NONE
+    if side == 2:
+        return word << np.uint64(56) & ~walls[1, n, x]
+    if side == 3:
+        return (word & ~walls[1, b, x]) >> np.uint64(56)
+    if side == 4:
+        return (word & Z_FIRST) << np.uint64(7) & ~walls[2, n, x]
+    return (word & ~walls[2, b, x] & Z_LAST) >> np.uint64(7)
+
+
+@compiled
+def _face(side: int, x: int) -> np.uint64:
+    """Return the voxels of word x that lie on a side of the block."""
+    if side < 2:
+        return ALL if x == 7 * side else NONE
+    if side < 4:
+        return Y_FIRST if side == 2 else Y_LAST
+    return Z_FIRST if side == 4 else Z_LAST
+
+
+@compiled
+def _flood(
     neighbours: np.ndarray,
     faces: np.ndarray,
     starts: np.ndarray,
-    crossings: np.ndarray,
-    distance: np.ndarray,
-    state: np.ndarray,
+    walls: np.ndarray,
     far: np.ndarray,
-    frontier: np.ndarray,
-    low: int,
-    high: int,
-    label: int,
-    least: float,
-    steps: int,
-    low_step: int,
-    label_step: int,
+    allowed: np.ndarray,
+    reached: np.ndarray,
+    queue: np.ndarray,
+    queued: np.ndarray,
+    first: np.ndarray,
 ) -> np.ndarray:
-    """Label what can be reached from the frontier and has a state in [low, high].
+    """Extend `reached` [B, 8], in place, through what is allowed [B, 8]; return the blocks visited.
 
     neighbours: [B, 6] rows (-x, +x, -y, ...), or -1 - region for a far region, or BEYOND.
-    faces, starts: (row, side) [N, 2] of the block faces that touch each far region. crossings
-    [B * 512, 3], distance and state [B * 512], far [regions]: flat. Voxels nearer to a triangle
-    than least are not entered. After each of the steps low and label grow by their steps.
-    Returns the ids of the voxels that were labelled.
+    faces, starts: (row, side) [N, 2] of the block faces that touch each far region. far
+    [regions] bool: reached; set in place. walls: [3, B, 8]. first [S]: the blocks to begin with.
+    queue [B] int32 and queued [B] bool, all False before and after: to work with.
     """
-    queue = np.empty(max(1024, 2 * len(frontier)), np.int32)
-    queue[: len(frontier)] = frontier
-    begin, count = 0, len(frontier)
-    for _ in range(steps):
-        end = count
-        if begin == end:
-            break
-        for place in range(begin, end):
-            voxel = queue[place]
-            row, inner = voxel >> 9, voxel & 511
-            if count + 4096 > len(queue):
-                grown = np.empty(2 * len(queue) + 4096, np.int32)
-                grown[:count] = queue[:count]
-                queue = grown
-            for direction in range(6):
-                axis, ahead = direction >> 1, direction & 1
-                shift = 6 - 3 * axis
-                at = inner >> shift & 7
-                if ahead and at < 7:
-                    other = voxel + (1 << shift)
-                elif not ahead and at > 0:
-                    other = voxel - (1 << shift)
-                else:
-                    next_row = neighbours[row, direction]
-                    if next_row == BEYOND:
-                        continue
-                    if next_row < 0:
-                        region = -1 - next_row
-                        if not low <= far[region] <= high:
-                            continue
-                        far[region] = label
-                        for n in range(starts[region], starts[region + 1]):
-                            side = faces[n, 1]
-                            turn = 6 - 3 * (side >> 1)
-                            if count + 4096 > len(queue):
-                                grown = np.empty(2 * len(queue) + 4096, np.int32)
-                                grown[:count] = queue[:count]
-                                queue = grown
-                            for v in range(512):
-                                if v >> turn & 7 != 7 * (side & 1):
-                                    continue
-                                id_ = faces[n, 0] * 512 + v
-                                if low <= state[id_] <= high and distance[id_] >= least:
-                                    state[id_] = label
-                                    queue[count] = id_
-                                    count += 1
-                        continue
-                    other = next_row * 512 + inner + ((-7 if ahead else 7) << shift)
-                if not low <= state[other] <= high or distance[other] < least:
-                    continue
-                if crossings[voxel if ahead else other, axis] != 0:
-                    continue
-                state[other] = label
-                queue[count] = other
-                count += 1
-        begin = end
-        low += low_step
-        label += label_step
-    return queue[len(frontier) : count].copy()
+    count = len(neighbours)
+    visited = np.empty(1024, np.int32)
+    visits = begin = size = 0
+    for row in first:
+        if not queued[row]:
+            queued[row] = True
+            queue[size] = row
+            size += 1
+    while size > 0:
+        b = queue[begin]
+        begin = (begin + 1) % count
+        size -= 1
+        queued[b] = False
+        if visits == len(visited):
+            grown = np.empty(2 * visits, np.int32)
+            grown[:visits] = visited
+            visited = grown
+        visited[visits] = b
+        visits += 1
+        _fill(b, reached, allowed, walls)
+        for side in range(6):
+            n = neighbours[b, side]
+            if n == BEYOND:
+                continue
+            if n >= 0:
+                grows = False
+                for x in range(8):
+                    to = 7 - x if side < 2 else x
+                    came = _across(b, n, side, x, reached, walls) & allowed[n, to] & ~reached[n, to]
+                    if came != NONE:
+                        reached[n, to] |= came
+                        grows = True
+                if grows and not queued[n]:
+                    queued[n] = True
+                    queue[(begin + size) % count] = n
+                    size += 1
+                continue
+            touches = False
+            for x in range(8):
+                touches |= reached[b, x] & _face(side, x) != NONE
+            if not touches or far[-1 - n]:
+                continue
+            far[-1 - n] = True
+            for m in range(starts[-1 - n], starts[-n]):
+                row, grows = faces[m, 0], False
+                for x in range(8):
+                    came = _face(faces[m, 1], x) & allowed[row, x] & ~reached[row, x]
+                    if came != NONE:
+                        reached[row, x] |= came
+                        grows = True
+                if grows and not queued[row]:
+                    queued[row] = True
+                    queue[(begin + size) % count] = row
+                    size += 1
+    return visited[:visits]
 
 
 @compiled
-def _label_pockets(
+def _step(
     neighbours: np.ndarray,
     faces: np.ndarray,
     starts: np.ndarray,
-    crossings: np.ndarray,
-    distance: np.ndarray,
-    state: np.ndarray,
+    walls: np.ndarray,
     far: np.ndarray,
+    allowed: np.ndarray,
     frontier: np.ndarray,
-    samples: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Give each pocket beyond the frontier a state; return sizes [P] and voxel ids [P, samples].
-
-    The first sample is the voxel farthest from the mesh, the others lie along the way.
-    """
-    sizes = [0 for _ in range(0)]
-    chosen = [0 for _ in range(0)]
-    for i in range(len(frontier)):
-        reached = _spread(
-            neighbours, faces, starts, crossings, distance, state, far,
-            frontier[i : i + 1], 0, 0, 100 + len(sizes), 0.0, 1 << 60, 0, 0,
-        )  # fmt: skip
-        if len(reached) == 0:
+) -> np.ndarray:
+    """Return the allowed voxels [B, 8] one step from the frontier [B, 8]; arguments as above."""
+    reached = np.zeros_like(frontier)
+    one, eight = np.uint64(1), np.uint64(8)
+    for b in range(len(frontier)):
+        empty = True
+        for x in range(8):
+            empty &= frontier[b, x] == NONE
+        if empty:
             continue
-        sizes.append(len(reached))
-        chosen.append(reached[np.argmax(distance[reached])])
-        chosen.extend([reached[len(reached) * k // samples] for k in range(1, samples)])
-    return np.array(sizes), np.array(chosen).reshape(-1, samples)
+        for x in range(8):
+            word = frontier[b, x]
+            free_y, free_z = ~walls[1, b, x], ~walls[2, b, x] & ~Z_LAST
+            more = (word & free_z) << one | (word >> one & free_z)
+            more |= (word & free_y) << eight | (word >> eight & free_y)
+            if x > 0:
+                more |= frontier[b, x - 1] & ~walls[0, b, x - 1]
+            if x < 7:
+                more |= frontier[b, x + 1] & ~walls[0, b, x]
+            reached[b, x] |= more & allowed[b, x]
+        for side in range(6):
+            n = neighbours[b, side]
+            if n == BEYOND:
+                continue
+            if n >= 0:
+                for x in range(8):
+                    to = 7 - x if side < 2 else x
+                    reached[n, to] |= _across(b, n, side, x, frontier, walls) & allowed[n, to]
+                continue
+            touches = False
+            for x in range(8):
+                touches |= frontier[b, x] & _face(side, x) != NONE
+            if touches and not far[-1 - n]:
+                far[-1 - n] = True
+                for m in range(starts[-1 - n], starts[-n]):
+                    for x in range(8):
+                        row = faces[m, 0]
+                        reached[row, x] |= _face(faces[m, 1], x) & allowed[row, x]
+    return reached
+
+
+@compiled
+def _pockets(
+    neighbours: np.ndarray,
+    faces: np.ndarray,
+    starts: np.ndarray,
+    walls: np.ndarray,
+    far: np.ndarray,
+    allowed: np.ndarray,
+    entries: np.ndarray,
+    distance: np.ndarray,
+    samples: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Flood each pocket that the entries [B, 8] lead into; all of it is removed from `allowed`.
+
+    Returns the blocks [M] and words [M, 8] of all pockets, the first of each [P + 1], their
+    sizes [P] in voxels and sample voxels [P, samples]: the one farthest from the mesh, and others.
+    """
+    count = len(neighbours)
+    reached = np.zeros((count, 8), np.uint64)
+    queue, queued = np.empty(count, np.int32), np.zeros(count, np.bool_)
+    rows, words = np.empty(1024, np.int32), np.empty((1024, 8), np.uint64)
+    firsts, sizes, chosen = [0], [0 for _ in range(0)], [0 for _ in range(0)]
+    first = np.empty(1, np.int64)
+    used = 0
+    for b in range(count):
+        for x in range(8):
+            while entries[b, x] & allowed[b, x] != NONE:
+                bit = ONE << np.uint64(lowest(entries[b, x] & allowed[b, x]))
+                reached[b, x] = bit
+                first[0] = b
+                visited = _flood(
+                    neighbours, faces, starts, walls, far, allowed, reached, queue, queued, first
+                )
+                size, farthest, best = 0, -1.0, 0
+                for row in visited:
+                    empty = True
+                    for i in range(8):
+                        empty &= reached[row, i] == NONE
+                    if empty:  # visited twice
+                        continue
+                    if used == len(rows):
+                        grown, grown_words = (
+                            np.empty(2 * used, np.int32),
+                            np.empty((2 * used, 8), np.uint64),
+                        )
+                        grown[:used], grown_words[:used] = rows, words
+                        rows, words = grown, grown_words
+                    rows[used] = row
+                    for i in range(8):
+                        word = reached[row, i]
+                        words[used, i] = word
+                        allowed[row, i] &= ~word
+                        reached[row, i] = NONE
+                        while word != NONE:
+                            v = lowest(word)
+                            word &= word - ONE
+                            size += 1
+                            if distance[row, i, v >> 3, v & 7] > farthest:
+                                farthest = distance[row, i, v >> 3, v & 7]
+                                best = row * 512 + i * 64 + v
+                    used += 1
+                chosen.append(best)
+                for k in range(1, samples):
+                    place, at, found = size * k // samples, firsts[-1], 0
+                    while True:
+                        inside = 0
+                        for i in range(8):
+                            inside += population(words[at, i])
+                        if found + inside > place:
+                            break
+                        found += inside
+                        at += 1
+                    i = 0
+                    while found + population(words[at, i]) <= place:
+                        found += population(words[at, i])
+                        i += 1
+                    word = words[at, i]
+                    for _ in range(place - found):
+                        word &= word - ONE
+                    chosen.append(rows[at] * 512 + i * 64 + lowest(word))
+                firsts.append(used)
+                sizes.append(size)
+    return (
+        rows[:used], words[:used], np.array(firsts), np.array(sizes),
+        np.array(chosen).reshape(-1, samples),
+    )  # fmt: skip
 
 
 @compiled
@@ -190,69 +371,99 @@ def outside_voxels(
     blocks: np.ndarray,
     rows: np.ndarray,
     distance: np.ndarray,
-    crossings: np.ndarray,
+    walls: np.ndarray,
 ) -> tuple[np.ndarray, float | None]:
-    """Return which voxels are outside, [B, 8, 8, 8] bool, and how sure the winding numbers were.
+    """Return which voxels are outside, [B, 8] masks, and how sure the winding numbers were.
 
     corners: [F, 3, 3] in voxels; faces: [F, 3] welded; rows: [side, side, side] int32, the row of
     each block of `blocks` [B, 3] or -1; distance: [B, 8, 8, 8], at least CLEARANCE where a block
-    is absent; crossings: [B, 8, 8, 8, 3].
+    is absent; walls: [3, B, 8], the edges that triangles cross.
 
     The second result is None when no pocket was in doubt; else the mean over the voxels asked
     about of how far the winding number lay from SURE (0: undecided, 1: certain).
     """
     side = len(rows)
     regions, region_count = ndimage.label(rows < 0)
-    links = np.where(rows < 0, -regions, rows)
-    links = np.pad(links, 1, constant_values=BEYOND).astype(np.int32)
-    steps = np.array([(-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1)])
-    around = blocks[:, None] + 1 + steps
-    neighbours = links[around[..., 0], around[..., 1], around[..., 2]]
+    neighbours = block_neighbours(np.where(rows < 0, -regions, rows), blocks)
     touching = np.argwhere((neighbours < 0) & (neighbours != BEYOND)).astype(np.int32)
     region_of = -1 - neighbours[touching[:, 0], touching[:, 1]]
-    touching = touching[np.argsort(region_of, kind="stable")]
+    order = np.argsort(region_of, kind="stable")
+    touching, region_of = touching[order], region_of[order]
     starts = np.concatenate([[0], np.cumsum(np.bincount(region_of, minlength=region_count))])
-    flat = distance.reshape(-1)
-    state = np.zeros(flat.shape, np.int32)
-    far = np.zeros(region_count, np.int32)
-    tables = (neighbours, touching, starts, crossings.reshape(-1, 3), flat, state, far)
-
-    border = _border_voxels(blocks, side)
+    tables = (neighbours, touching, starts, walls)
+    far = np.zeros(region_count, bool)
     edge_regions = np.unique([regions[s] for axis in range(3) for s in _end_slices(axis)])
-    far[edge_regions[edge_regions > 0] - 1] = WIDE
-    seen = far[region_of[np.argsort(region_of, kind="stable")]] == WIDE
-    by_far = _face_voxels(touching[seen])
-    by_far = by_far[flat[by_far] >= CLEARANCE]
-    seeds = np.unique(np.concatenate([border, by_far])).astype(np.int32)
-    state[seeds] = WIDE
-    _spread(*tables, seeds, UNREACHED, UNREACHED, WIDE, CLEARANCE, 1 << 60, 0, 0)
-    near = np.flatnonzero((state == WIDE) & (flat < CLEARANCE + 1)).astype(np.int32)
-    _spread(*tables, near, UNREACHED, UNREACHED, WIDE + 1, 0.0, STEPS, 0, 1)
+    far[edge_regions[edge_regions > 0] - 1] = True
 
-    frontier = np.flatnonzero(state == WIDE + STEPS).astype(np.int32)
-    sizes, samples = _label_pockets(*tables, frontier, SAMPLES)
+    clear = ~below(distance, CLEARANCE)
+    wide = _border(blocks, side)
+    seen = touching[far[region_of]]
+    unite(wide, seen[:, 0], FACES[seen[:, 1]] & clear[seen[:, 0]])
+    queue, queued = np.empty(len(blocks), np.int32), np.zeros(len(blocks), bool)
+    _flood(*tables, far, clear | wide, wide, queue, queued, np.flatnonzero(wide.any(1)))
+    far_wide = far.copy()
+    levels, unreached = [wide], ~wide
+    for _ in range(STEPS):
+        levels.append(_step(*tables, far, unreached, levels[-1]))
+        unreached &= ~levels[-1]
+    outside = ~unreached
+
+    entries = _step(*tables, far.copy(), unreached, levels[-1])
+    held, words, firsts, sizes, samples = _pockets(
+        *tables, far, unreached, entries, distance, SAMPLES
+    )
+    unite(outside, held, words)
     asked = np.flatnonzero(sizes >= SMALL_POCKET)
     asked = asked[np.argsort(-sizes[asked], kind="stable")]
     asked = asked[: max(4, SOLID_ANGLES // (SAMPLES * len(faces)))]
     confidence = None
     if len(asked):
-        surface = (corners, *_oriented_patches(faces))
+        patches, turns = oriented_patches(faces)
+        surface = (corners, patches, turns)
         evidence = _evidence(*surface, _positions(samples[asked].reshape(-1), blocks))
         score = np.median(evidence.reshape(-1, SAMPLES), 1)
         margin = np.abs(score - SURE) / np.where(score < SURE, SURE, 1 - SURE)
         confidence = float(np.average(margin, weights=sizes[asked]))
-        inside = np.flatnonzero(np.isin(state, POCKET + asked[score >= SURE])).astype(np.int32)
-        state[inside] = INSIDE
-        steps_out = state.copy()
-        between = (WIDE + 1, WIDE + STEPS)
-        contested = _spread(*tables, inside, *between, CONTESTED, 0.0, STEPS, 0, 0)
-        if len(contested) * len(faces) <= SOLID_ANGLES:
-            taken = _evidence(*surface, _positions(contested, blocks)) >= 0.5
-            state[contested] = np.where(taken, INSIDE, WIDE)
-        else:  # outside and pocket share what lies between them by who is nearer
-            state[:] = steps_out
-            _spread(*tables, inside, WIDE + 2, WIDE + STEPS, INSIDE, 0.0, STEPS, 1, 0)
-    return (state > UNREACHED).reshape(distance.shape), confidence
+        inside = np.zeros_like(outside)
+        for pocket in asked[score >= SURE]:
+            part = slice(firsts[pocket], firsts[pocket + 1])
+            unite(inside, held[part], words[part])
+        _settle_between(tables, far & ~far_wide, levels[1:], surface, blocks, inside)
+        outside &= ~inside
+    return outside, confidence
+
+
+def _settle_between(
+    tables: tuple[np.ndarray, ...],
+    far: np.ndarray,
+    levels: list[np.ndarray],
+    surface: tuple[np.ndarray, np.ndarray, np.ndarray],
+    blocks: np.ndarray,
+    inside: np.ndarray,
+) -> None:
+    """Add to the inside pockets [B, 8], in place, their share of the steps towards wide places.
+
+    levels: the masks of what lies 1, 2, ... STEPS steps from a wide place; far: [regions] bool,
+    those reached by these steps.
+    """
+    closed = ~far
+    between = np.bitwise_or.reduce(levels)
+    contested, frontier = np.zeros_like(inside), inside
+    for _ in range(STEPS):
+        frontier = _step(*tables, closed, between & ~contested, frontier)
+        contested |= frontier
+    ids = voxels_of(contested)
+    if len(ids) * len(surface[0]) <= SOLID_ANGLES:
+        ids = ids[_evidence(*surface, _positions(ids, blocks)) >= 0.5]
+        words = np.zeros((len(ids), BLOCK), np.uint64)
+        words[np.arange(len(ids)), ids >> 6 & 7] = np.uint64(1) << (ids & 63).astype(np.uint64)
+        unite(inside, ids >> 9, words)
+        return
+    frontier, closed = inside.copy(), ~far
+    for step in range(1, STEPS):  # who is nearer has it
+        allowed = np.bitwise_or.reduce(levels[step:]) & ~inside
+        frontier = _step(*tables, closed, allowed, frontier)
+        inside |= frontier
 
 
 def _evidence(
@@ -274,7 +485,7 @@ def _positions(ids: np.ndarray, blocks: np.ndarray) -> np.ndarray:
     return (blocks[ids >> 9] * BLOCK + inner).astype(np.float64)
 
 
-def _oriented_patches(faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def oriented_patches(faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the patch of each face (joined by edges of two faces) and -1 where it is turned."""
     oriented, patches = igl.bfs_orient(faces)
     first = (oriented == faces[:, :1]).argmax(1)
@@ -286,19 +497,9 @@ def _end_slices(axis: int) -> list[tuple[slice | int, ...]]:
     return [tuple(end if a == axis else slice(None) for a in range(3)) for end in (0, -1)]
 
 
-def _border_voxels(blocks: np.ndarray, side: int) -> np.ndarray:
-    """Return the ids of the voxels on the border of the grid: always outside."""
-    rows = np.flatnonzero(((blocks == 0) | (blocks == side - 1)).any(1))
-    local = np.stack(np.unravel_index(np.arange(BLOCK**3), (BLOCK,) * 3), 1)
-    place = blocks[rows, None] * BLOCK + local
-    on = ((place == 0) | (place == side * BLOCK - 1)).any(2)
-    return (rows[:, None] * BLOCK**3 + np.arange(BLOCK**3))[on]
-
-
-def _face_voxels(touching: np.ndarray) -> np.ndarray:
-    """Return the ids of the 64 voxels of each (row, side) [N, 2] of a block's face."""
-    grid = np.arange(BLOCK**3).reshape((BLOCK,) * 3)
-    faces = np.stack(
-        [np.take(grid, 7 * (side & 1), axis=side >> 1).reshape(-1) for side in range(6)]
-    )
-    return (touching[:, :1] * BLOCK**3 + faces[touching[:, 1]]).reshape(-1)
+def _border(blocks: np.ndarray, side: int) -> np.ndarray:
+    """Return the mask [B, 8] of the voxels on the border of the grid: always outside."""
+    border = np.zeros((len(blocks), BLOCK), np.uint64)
+    for face, mask in enumerate(FACES):
+        border[blocks[:, face >> 1] == (side - 1) * (face & 1)] |= mask
+    return border

@@ -12,12 +12,20 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from model.compiled import compiled
 from model.sdf import BLOCK, SparseSDF, truncation
 from tasks import shell
-from tasks.distance import block_distances, block_pairs, edge_crossings, group_pairs
+from tasks.distance import (
+    block_distances,
+    block_pairs,
+    crossing_votes,
+    edge_crossings,
+    group_pairs,
+)
+from tasks.masks import NONE, ONE, below, block_neighbours, lowest, voxels_of
 from tasks.mesh import MeshRejectedError
 from tasks.sharp import mark_sharp, sharp_edges
-from tasks.sign import outside_voxels
+from tasks.sign import oriented_patches, outside_voxels
 
 WELD = 2.0**-19  # vertices in the same cell of this size are one: a 500th of a voxel at 2048
 # Parts whose bounding box has a shorter diagonal are not counted, in voxels.
@@ -35,7 +43,7 @@ class SparseResult:
         outside; parts_out: those of them at the surface of the result.
     method, confidence: `flood`, or `flood+winding` with how far the winding numbers of the pockets
         lay from undecided (0: undecided, 1: certain); see `tasks/sign.py`.
-    thin_cells: cells whose surface had to be made a shell.
+    thin_voxels: voxels that no part encloses, added to make shells of thin surfaces.
     """
 
     sdf: SparseSDF
@@ -43,7 +51,7 @@ class SparseResult:
     parts_out: int
     method: str
     confidence: float
-    thin_cells: int
+    thin_voxels: int
 
 
 def weld(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,43 +88,76 @@ def sparse_field(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Sp
     corners = positions[faces]
     rows, starts, triangles = group_pairs(*block_pairs(corners, side, reach), side)
     blocks = np.argwhere(rows >= 0).astype(np.int32)
+    neighbours = block_neighbours(rows, blocks)
     distance, nearest = block_distances(corners, blocks, starts, triangles, reach)
-    shifted = corners + SHIFT
-    crossings = edge_crossings(shifted, rows, len(blocks))
-    outside, confidence = outside_voxels(corners, faces, blocks, rows, distance, crossings)
-    seen_distance = distance.copy()
-    shell.drop_hidden(rows, blocks, corners, crossings, outside, distance, nearest, reach)
-    field = np.where(outside, distance, -distance)
-    cells = np.zeros(outside.shape, np.uint8)
-    weak = shell.weak_voxels(rows, blocks, outside)
-    shell.thin_edges(rows, blocks, shifted, starts, triangles, crossings, outside, weak, cells)
-    shell.thin_feet(rows, blocks, corners, outside, weak, distance, nearest, cells)
-    shell.settle_excused(rows, blocks, cells)
-    shell.thicken(rows, blocks, corners, cells, nearest, field)
-    if confidence is not None:
-        shell.cap_holes(rows, blocks, crossings, outside, field)
-    _keep_border_outside(field, blocks, resolution)
+    crossed = corners + SHIFT
+    walls, odd, double = edge_crossings(crossed, rows, len(blocks))
+    outside, confidence = outside_voxels(corners, faces, blocks, rows, distance, walls)
     parts = _parts(faces, len(vertices))
-    seen, found = shell.seen_parts(
-        rows, blocks, parts, int(parts.max()) + 1, outside, seen_distance, nearest, field
-    )
+    seen = shell.nearest_parts(voxels_of(outside & below(distance, 1.0)), nearest, parts)
+    shell.drop_hidden(rows, neighbours, blocks, corners, walls, outside, distance, nearest, reach)
+    patches, _ = oriented_patches(faces)
+    votes = crossing_votes(crossed, rows, outside, double, patches, int(patches.max()) + 1)
+    sheet = shell.sheet_faces(votes, patches)
+    other_walls = (walls, odd)
+    if sheet.any():
+        other_walls = edge_crossings(crossed[~sheet], rows, len(blocks))[:2]
+    thin = shell.thin_cells(
+        rows, neighbours, blocks, corners, crossed, starts, triangles, patches, sheet,
+        *other_walls, outside, distance, nearest,
+    )  # fmt: skip
+    field = distance
+    _give_sign(field, outside)
+    shell.thicken(rows, blocks, corners, thin, sheet, nearest, field)
+    shell.join_sheets(blocks, corners, starts, triangles, sheet, field, reach)
+    thin_voxels = len(voxels_of(outside & below(field, 0.0)))
+    if confidence is not None:
+        shell.cap_holes(rows, neighbours, blocks, walls, outside, field)
+    _keep_border_outside(field, blocks, resolution)
+    shell.bound_corners(neighbours, field)
+    found = shell.nearest_parts(shell.surface_voxels(neighbours, field), nearest, parts)
     counted = seen & (_part_sizes(corners, parts) > PART_SIZE)
     sharp = np.zeros(field.shape, bool)
     segments = positions[sharp_edges(vertices, faces)]
     mark_sharp(rows, segments, field, shell.SHELL, sharp)
-    values = np.clip(field / tau, -1, 1).astype(np.float32)
-    keep = (np.abs(values) < 1).any((1, 2, 3))
-    sdf = SparseSDF(
-        resolution, blocks[keep], values[keep], sharp[keep] & (np.abs(values[keep]) < 1)
-    )
+    keep = _truncate(field, tau, sharp)
     return SparseResult(
-        sdf,
+        SparseSDF(resolution, blocks[keep], field[keep], sharp[keep]),
         int(counted.sum()),
         int((counted & found).sum()),
         "flood" if confidence is None else "flood+winding",
         1.0 if confidence is None else confidence,
-        int((cells == shell.THIN).sum()),
+        thin_voxels,
     )
+
+
+@compiled
+def _give_sign(distance: np.ndarray, outside: np.ndarray) -> None:
+    """Make distances [B, 8, 8, 8] negative, in place, where the voxel is not outside."""
+    for b in range(len(distance)):
+        for x in range(BLOCK):
+            word = ~outside[b, x]
+            while word != NONE:
+                v = lowest(word)
+                word &= word - ONE
+                distance[b, x, v >> 3, v & 7] = -distance[b, x, v >> 3, v & 7]
+
+
+@compiled
+def _truncate(field: np.ndarray, tau: float, sharp: np.ndarray) -> np.ndarray:
+    """Scale and clip the field, in place, to [-1, 1], and sharp to the band |values| < 1.
+
+    Returns which blocks [B] bool hold a voxel of the band.
+    """
+    keep = np.zeros(len(field), np.bool_)
+    values, marks = field.reshape(-1), sharp.reshape(-1)
+    for i in range(len(values)):
+        value = np.float32(min(max(values[i] / tau, -1.0), 1.0))
+        values[i] = value
+        banded = abs(value) < 1
+        marks[i] &= banded
+        keep[i >> 9] |= banded
+    return keep
 
 
 def _parts(faces: np.ndarray, vertex_count: int) -> np.ndarray:
