@@ -8,10 +8,13 @@ import itertools
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import FrameType
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
@@ -130,8 +133,26 @@ def session(workers: int = 0, address: str | None = None) -> Iterator[int]:
             logging_level=logging.WARNING,
             **({} if address else local),
         )
+        _outlive_sigterm()
     try:
         yield workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     finally:
         if started:
             ray.shutdown()
+
+
+def _outlive_sigterm() -> None:
+    """Let this process clean up after a SIGTERM, by which Prefect cancels a flow.
+
+    Ray's C++ handler sets an alarm that aborts the process after 3 s (ray-project/ray#64830) and
+    then calls Ray's Python handler, which exits; stopping workers and closing runs takes longer.
+    """
+    exit_by_ray = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(exit_by_ray):
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.alarm(0)
+        exit_by_ray(number, frame)
+
+    signal.signal(signal.SIGTERM, end)
