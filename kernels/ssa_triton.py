@@ -22,7 +22,7 @@ from kernels import ssa_forward as forward_kernels
 from kernels.ssa import SSALayout
 
 LOG2_E = 1.4426950408889634
-PARTIAL_BYTES = 200 << 20  # partial results of the selection branch held at once
+PARTIAL_BYTES = 192 << 20  # partial results of the selection branch held at once
 SCRATCH_BYTES = 1 << 27  # scores of the tokens whose blocks are being chosen
 PAIRS_A_PROGRAM = 32  # of one block, in the forward pass
 PAIRS_A_BACKWARD_PROGRAM = 64
@@ -54,9 +54,10 @@ class Tile:
 TILES = {
     64: {
         "attend": Tile(128, 64, 4, 3, 128),
+        "attend_window": Tile(128, 32, 4, 3, 128),
         "pairs": Tile(128, 32, 4, 2, 128),
         "select": Tile(128, 64, 4, 4),
-        "combine": Tile(32, 0, 4, 1),
+        "combine": Tile(16, 0, 2, 1),
         "dq": Tile(64, 64, 4, 3),
         "dq_window": Tile(128, 32, 4, 3, 128),
         "dkv": Tile(64, 64, 4, 3, 168),
@@ -65,13 +66,14 @@ TILES = {
     },
     128: {
         "attend": Tile(128, 64, 4, 3),
-        "pairs": Tile(128, 32, 4, 2),
+        "attend_window": Tile(128, 32, 4, 2, 128),
+        "pairs": Tile(64, 32, 4, 3, 128),
         "select": Tile(128, 64, 4, 4),
-        "combine": Tile(32, 0, 4, 1),
+        "combine": Tile(16, 0, 2, 1),
         "dq": Tile(64, 64, 4, 3),
-        "dq_window": Tile(64, 64, 4, 3),
+        "dq_window": Tile(64, 32, 4, 3, 128),
         "dkv": Tile(64, 64, 4, 3),
-        "dkv_window": Tile(64, 64, 4, 2),
+        "dkv_window": Tile(64, 64, 4, 5),
         "backward_pairs": Tile(64, 64, 4, 5),
     },
 }
@@ -279,17 +281,6 @@ def ssa_backward(
         grad, out_cmp, out_sel, lse[0], lse[1], stats[0], stats[1], grad_gates, n,
         **shape, **launch,
     )  # fmt: skip
-    shape, launch, _ = _launch("dkv", q, k)
-    nc = len(k_cmp)
-    key_tiles = triton.cdiv(nc, shape["BN"])
-    splits = min(_splits(q, key_tiles * kv_heads), triton.cdiv(n, shape["T"]))
-    dk_cmp = torch.empty(splits, *k_cmp.shape, dtype=torch.float32, device=k.device)
-    dv_cmp = torch.empty_like(dk_cmp)
-    backward_kernels.dkv_places[(key_tiles, kv_heads, splits)](
-        q, k_cmp, v_cmp, grad, stats[0], dk_cmp, dv_cmp, window_order, compression_range,
-        compression_tokens, nc, scale, q_scale, HAS_ORDER=False, **shape, **launch,
-    )  # fmt: skip
-
     chunk = _chunk(q, top_k)
     dq_shape, dq_launch, grid = _launch("dq", q, k)
     shape, launch, _ = _launch("backward_pairs", q, k)
@@ -309,6 +300,18 @@ def ssa_backward(
             q, k_cmp, v_cmp, grad, stats[0], dq, compression_range, partial, selected,
             first, last, scale, q_scale, PARTIALS=top_k, **dq_shape, **dq_launch,
         )  # fmt: skip
+    del partial
+
+    shape, launch, _ = _launch("dkv", q, k)
+    nc = len(k_cmp)
+    key_tiles = triton.cdiv(nc, shape["BN"])
+    splits = min(_splits(q, key_tiles * kv_heads), triton.cdiv(n, shape["T"]))
+    dk_cmp = torch.empty(splits, *k_cmp.shape, dtype=torch.float32, device=k.device)
+    dv_cmp = torch.empty_like(dk_cmp)
+    backward_kernels.dkv_places[(key_tiles, kv_heads, splits)](
+        q, k_cmp, v_cmp, grad, stats[0], dk_cmp, dv_cmp, window_order, compression_range,
+        compression_tokens, nc, scale, q_scale, HAS_ORDER=False, **shape, **launch,
+    )  # fmt: skip
     return (
         dq,
         dk.to(k.dtype),
@@ -380,7 +383,7 @@ def _attend(
     Returns a bound [Hkv] of the base-2 logits with all keys.
     """
     n, _, dim = q.shape
-    shape, launch, grid = _launch("attend", q, k)
+    shape, launch, grid = _launch("attend" if order is None else "attend_window", q, k)
     longest = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax(0)
     largest = torch.empty(grid(n), dtype=torch.float32, device=q.device)
     forward_kernels.attend_places[grid(n)](
@@ -399,7 +402,8 @@ def _launch(kernel: str, q: Tensor, k: Tensor):  # type: ignore[no-untyped-def]
     row_bytes = dim * q.element_size()
     tile = TILES[64 if row_bytes <= 64 else 128][kernel]
     if row_bytes > 128:  # keeps the tiles within shared memory and registers
-        tile = replace(tile, rows=tile.rows // 2, stages=1, keys=min(tile.keys, 32))
+        keys = min(tile.keys, 32)
+        tile = replace(tile, rows=tile.rows // 2, keys=keys, stages=1, registers=None)
     tokens = max(1, tile.rows // padded)
     tokens = max(tokens, triton.cdiv(16, padded))  # a matrix instruction has 16 rows at least
     shape = {"HKV": kv_heads, "G": group, "GP": padded, "T": tokens, "D": dim, "BN": tile.keys}

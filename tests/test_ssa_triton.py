@@ -4,6 +4,7 @@ Without a GPU they run in Triton's interpreter, in float32 and float16 (its bflo
 """
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ if not torch.cuda.is_available():
 
 import triton.language as tl
 from test_ssa import draw_coords, sorted_layout
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import ssa, ssa_triton
@@ -106,13 +108,28 @@ def test_kernels_equal_the_reference(case):
     check(inputs, layout, grad, top_k)
 
 
-@settings(max_examples=2 if DEVICE == "cpu" else 40, deadline=None)
+@pytest.mark.parametrize("limit", [-1.0, 1e9], ids=["shifted", "unshifted"])
+def test_kernels_equal_the_reference_in_many_small_pieces(monkeypatch, limit):
+    """Several chunks of tokens, panels of blocks and programs a block; softmax with and without
+    the running maximum.
+    """
+    inputs, layout, grad = draw([14, 1, 9], (4, 8, 8), 4, 4, 2, 32, 6, torch.float32, 20)
+    monkeypatch.setattr(ssa_triton, "PARTIAL_BYTES", 4 * 5 * 32 * 4 * 3)  # 5 tokens
+    monkeypatch.setattr(ssa_triton, "PAIRS_A_PROGRAM", 2)
+    monkeypatch.setattr(ssa_triton, "PAIRS_A_BACKWARD_PROGRAM", 2)
+    monkeypatch.setattr(ssa_triton, "SELECT_GROUPS", 4)
+    monkeypatch.setattr(ssa_triton, "SELECT_PANEL", 8)
+    monkeypatch.setitem(ssa_triton.LIMITS, torch.float32, limit)
+    check(inputs, layout, grad, 3)
+
+
+@settings(max_examples=2 if DEVICE == "cpu" else 25, deadline=None)
 @given(
     samples=st.lists(st.integers(0, 12), min_size=1, max_size=3).filter(any),
     sides=st.sampled_from([(4, 8, 8), (8, 8, 8), (2, 4, 6)]),
     shift=st.integers(0, 5),
     heads=st.sampled_from([(2, 1), (3, 3), (4, 2)]),
-    top_k=st.integers(1, 5),
+    top_k=st.sampled_from([1, 2, 5]),
     seed=st.integers(0, 1 << 30),
 )
 def test_kernels_equal_the_reference_on_drawn_layouts(samples, sides, shift, heads, top_k, seed):
@@ -123,8 +140,10 @@ def test_kernels_equal_the_reference_on_drawn_layouts(samples, sides, shift, hea
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="too large for the interpreter")
 @pytest.mark.parametrize("dtype", list(BOUNDS))
-@pytest.mark.parametrize("heads", [(32, 2, 32), (16, 1, 64), (4, 4, 128), (12, 2, 32)])
-@pytest.mark.parametrize("top_k", [8, 40])
+@pytest.mark.parametrize(
+    ("heads", "top_k"),
+    [((32, 2, 32), 8), ((32, 2, 32), 40), ((16, 1, 64), 8), ((4, 4, 128), 8), ((12, 2, 32), 8)],
+)
 def test_kernels_equal_the_reference_on_larger_batches(heads, dtype, top_k):
     for sides, shift, grid in (((4, 8, 8), 4, 40), ((8, 8, 8), 0, 24)):
         inputs, layout, grad = draw([900, 1, 1400], sides, shift, *heads, 2, dtype, grid)
@@ -141,13 +160,63 @@ def test_of_equal_scores_the_first_blocks_are_selected():
     )
 
 
-def test_the_same_inputs_give_the_same_bits():
-    inputs, layout, grad = draw([20, 9], (8, 8, 8), 4, 4, 2, 32, 4, torch.float32, 12)
-    first, second = (
-        (out := ssa_triton.attention(*inputs, layout, 3), *torch.autograd.grad(out, inputs, grad))
-        for _ in range(2)
-    )
+@contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)  # also fills what torch.empty returns with NaN
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run(inputs, layout, grad, top_k):
+    out = ssa_triton.attention(*inputs, layout, top_k)
+    return out, *torch.autograd.grad(out, inputs, grad)
+
+
+def test_the_same_inputs_give_the_same_bits_in_deterministic_mode():
+    # One block that all take, of more tokens than a program has otherwise.
+    inputs, layout, grad = draw([70], (8, 8, 8), 4, 2, 1, 32, 4, torch.float32, 8)
+    with deterministic():
+        first, second = (run(inputs, layout, grad, 2) for _ in range(2))
+        check(inputs, layout, grad, 2)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(run(inputs, layout, grad, 2)[0], first[0])  # the output in any mode
+
+
+def test_the_operators_compile_whole_and_run_in_checkpoints():
+    inputs, layout, grad = draw([9, 5], (8, 8, 8), 4, 2, 1, 32, 5, torch.float32, 10)
+
+    def attend(*inputs):
+        return ssa_triton.attention(*(2 * x for x in inputs), layout, 3).sin()
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+
+    def checkpointed(*inputs):
+        return checkpoint(attend, *inputs, use_reentrant=False)
+
+    with deterministic():
+        expected, *others = (
+            (out := function(*inputs), *torch.autograd.grad(out, inputs, grad))
+            for function in (attend, compiled, checkpointed)
+        )
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(other, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sides", "heads", "dtype", "message"),
+    [
+        ((8, 8, 8), (2, 1, 48), torch.float32, "head dim 48"),
+        ((8, 8, 8), (33, 1, 32), torch.float32, "33 query heads a KV head"),
+        ((8, 8, 8), (2, 1, 32), torch.float64, "torch.float64"),
+        ((1, 8, 8), (2, 1, 32), torch.float32, "selection side 8 is 8 times"),
+    ],
+)
+def test_what_the_kernels_lack_is_refused(sides, heads, dtype, message):
+    inputs, layout, _ = draw([5], sides, 0, *heads, 7, dtype, 10)
+    with pytest.raises(ValueError, match=message):
+        ssa_triton.attention(*inputs, layout, 2)
 
 
 def test_the_operators_have_fakes_and_flop_counts():
