@@ -34,6 +34,8 @@ ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     # A temporary server needs half a minute on two busy cores.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # What our modules log is part of a run's log; prefect.yaml says so to workers.
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks",
 }
 ARGUMENTS = ("images",)  # the flows' parameters that the shell gives without a name
 

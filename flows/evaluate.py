@@ -121,6 +121,7 @@ def evaluate(
                 scores |= {f"{prefix}{name}": value for name, value in found.items()}
                 log_results(run, label, results)
         run.log_metrics(scores)
+        logger.info("scores:\n%s", "\n".join(f"{v:10.4f}  {k}" for k, v in scores.items()))
         publish("scores", markdown_table([{"score": k, "mean": v} for k, v in scores.items()]))
         return scores
 

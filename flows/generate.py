@@ -98,6 +98,9 @@ def generate(
                 mesh = folder / f"{name}.glb"
                 save_glb(shape.vertices, shape.faces, mesh)
                 log_meshes(run, {"generated": (shape.vertices, shape.faces)}, "meshes", name)
+                logger.info(
+                    "%s: made %s, %d triangles; see %s", image, mesh, len(shape.faces), beside
+                )
             else:
                 logger.warning("%s: the models made no surface from this picture", image)
             results.append(Generated(image, mesh, beside, len(shape.faces)))

@@ -15,6 +15,7 @@ from tasks.presets import load_preset
 from tasks.refresh import RefreshConfig, plan_refresh, refresh
 
 logger = logging.getLogger(__name__)
+LOGGED_FAILURES = 50  # one by one; the MLflow run's table has all
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,21 @@ def refresh_dataset(
         logger.info("plan:\n%s", report.plan.table())
         log_summary(tracking.run, report)
         outcomes = [{"outcome": name, "rows": rows} for name, rows in report.outcomes.items()]
-        publish("refresh-outcomes", markdown_table(outcomes))
+        not_ready = [row for row in report.version.rows() if row.status != "ready"]
+        explained = [
+            {"asset": r.uris[0], "resolution": r.resolution, "reason": r.reason, "detail": r.detail}
+            for r in not_ready[:LOGGED_FAILURES]
+        ]
+        for row in not_ready[:LOGGED_FAILURES]:
+            logger.warning(
+                "%s at %d: %s: %s: %s",
+                *(row.uris[0], row.resolution, row.status, row.reason, row.detail),
+            )
+        if len(not_ready) > LOGGED_FAILURES:
+            logger.warning(
+                "and %d more: table not_ready of the MLflow run", len(not_ready) - LOGGED_FAILURES
+            )
+        publish("refresh-outcomes", f"{markdown_table(outcomes)}\n\n{markdown_table(explained)}")
         logger.info(
             "dataset version %s: %s%s",
             report.version.name,

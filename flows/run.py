@@ -69,6 +69,7 @@ def tracked(
             experiment, name, uri, params, tags, parent.run if parent else None
         )
     url = run.url(os.environ.get("GIGASHAPE_MLFLOW_UI", MLFLOW_UI))
+    logger.info("MLflow run %s / %s: %s", experiment, name, url)
     create_link_artifact(url, f"MLflow: {experiment} / {name}", key="mlflow-run")
     opened = Tracked(run, experiment, name, url)
     if parent is not None:
