@@ -8,7 +8,7 @@ import numpy as np
 
 from model.compiled import compiled
 from model.sdf import BLOCK
-from tasks.masks import ONE, mask_at
+from tasks.masks import ONE, mask_at, row_at
 
 BLOCK_RADIUS = 3.5 * 3**0.5  # from a block's centre to its farthest voxel centre
 # Squared area over fourth power of the longest edge, under which a triangle counts as its edges:
@@ -460,13 +460,15 @@ def crossing_votes(
     corners: np.ndarray,
     rows: np.ndarray,
     outside: np.ndarray,
+    solid: np.ndarray,
     double: np.ndarray,
     patches: np.ndarray,
     patch_count: int,
 ) -> np.ndarray:
-    """Return [P, 2]: how many grid edges cross a patch alone and are outside at both ends, at one.
+    """Return [P, 2]: how many grid edges cross a patch alone between outside and outside, or solid.
 
-    corners: [F, 3, 3] as they made `double`; patches: [F]; outside: [B, 8] masks.
+    corners: [F, 3, 3] as they made `double`; patches: [F]; outside, solid: [B, 8] masks. Edges
+    that end in a voxel of neither are not counted.
     """
     votes = np.zeros((patch_count, 2), np.int64)
     voxel = np.empty(3, np.int64)
@@ -484,11 +486,14 @@ def crossing_votes(
                     voxel[u], voxel[v], voxel[w] = pu, pv, int(np.floor(height))
                     if mask_at(double[w], rows, voxel[0], voxel[1], voxel[2]):
                         continue
-                    one = mask_at(outside, rows, voxel[0], voxel[1], voxel[2])
-                    voxel[w] += 1
-                    two = mask_at(outside, rows, voxel[0], voxel[1], voxel[2])
-                    if one and two:
+                    free = full = 0
+                    for _ in range(2):
+                        x, y, z = voxel[0], voxel[1], voxel[2]
+                        free += mask_at(outside, rows, x, y, z)
+                        full += row_at(rows, x, y, z) >= 0 and mask_at(solid, rows, x, y, z)
+                        voxel[w] += 1
+                    if free == 2:
                         votes[patches[f], 0] += 1
-                    elif one or two:
+                    elif free == 1 and full == 1:
                         votes[patches[f], 1] += 1
     return votes

@@ -127,13 +127,18 @@ def shifted(masks: np.ndarray, neighbours: np.ndarray, axis: int, ahead: bool) -
     return result
 
 
-def eroded(masks: np.ndarray, neighbours: np.ndarray, sides: tuple[bool, ...]) -> np.ndarray:
-    """Return the voxels that are set with their neighbours along each axis, diagonals included.
+def eroded(
+    masks: np.ndarray,
+    neighbours: np.ndarray,
+    sides: tuple[bool, ...],
+    axes: tuple[int, ...] = (0, 1, 2),
+) -> np.ndarray:
+    """Return the voxels that are set with their neighbours along the axes, diagonals included.
 
     sides: (True,) takes the neighbours ahead, so that a voxel stands for a cell and its eight
     corners; (False, True) those on both sides.
     """
-    for axis in range(3):
+    for axis in axes:
         found = masks.copy()
         for ahead in sides:
             found &= shifted(masks, neighbours, axis, ahead)

@@ -37,8 +37,24 @@ PLATE = 0.85
 BACKED = 0.05
 
 
+def solid_voxels(walls: np.ndarray, outside: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+    """Return the voxels of cells that lie inside with nothing between their corners.
+
+    Voxels caught between two sheets, or between a sheet and a solid, are inside, but not solid.
+    """
+    cells = eroded(~outside, neighbours, (True,))
+    for axis in range(3):
+        others = ((axis + 1) % 3, (axis + 2) % 3)
+        cells &= eroded(~walls[axis], neighbours, (True,), others)
+    return dilated(cells, neighbours, (False,)) & ~outside
+
+
 def sheet_faces(votes: np.ndarray, patches: np.ndarray) -> np.ndarray:
-    """Return which faces [F] belong to sheets; votes: [P, 2] of `crossing_votes`."""
+    """Return which faces [F] belong to sheets.
+
+    votes: [P, 2], the edges across a patch with the outside at both ends, and at one (the other
+    is solid).
+    """
     sheet = (votes[:, 0] > 0) & (votes[:, 1] <= BACKED * votes[:, 0])
     return sheet[patches]
 
@@ -452,12 +468,17 @@ def join_sheets(
     sheet: np.ndarray,
     field: np.ndarray,
     reach: float,
-) -> None:
-    """Join, in place, the field with the shells of sheets: the lesser of the two."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Join, in place, the field with the shells of sheets: the lesser of the two.
+
+    Returns the blocks [M] near sheets and other surfaces, and the sheets' triangles that are
+    nearest to their voxels [M, 8, 8, 8], or -1.
+    """
     few, more, chosen, chosen_starts = _sheet_candidates(starts, triangles, sheet)
     field[few] = np.minimum(field[few], np.abs(field[few]) - np.float32(SHELL))
-    distance, _ = block_distances(corners, blocks[more], chosen_starts, chosen, reach)
+    distance, nearest = block_distances(corners, blocks[more], chosen_starts, chosen, reach)
     field[more] = np.minimum(field[more], distance - np.float32(SHELL))
+    return more, nearest
 
 
 @compiled

@@ -94,10 +94,11 @@ def sparse_field(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Sp
     walls, odd, double = edge_crossings(crossed, rows, len(blocks))
     outside, confidence = outside_voxels(corners, faces, blocks, rows, distance, walls)
     parts = _parts(faces, len(vertices))
-    seen = shell.nearest_parts(voxels_of(outside & below(distance, 1.0)), nearest, parts)
+    near = outside & below(distance, 1.0 + shell.SHELL)
     shell.drop_hidden(rows, neighbours, blocks, corners, walls, outside, distance, nearest, reach)
     patches, _ = oriented_patches(faces)
-    votes = crossing_votes(crossed, rows, outside, double, patches, int(patches.max()) + 1)
+    solid = shell.solid_voxels(walls, outside, neighbours)
+    votes = crossing_votes(crossed, rows, outside, solid, double, patches, int(patches.max()) + 1)
     sheet = shell.sheet_faces(votes, patches)
     other_walls = (walls, odd)
     if sheet.any():
@@ -109,13 +110,20 @@ def sparse_field(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Sp
     field = distance
     _give_sign(field, outside)
     shell.thicken(rows, blocks, corners, thin, sheet, nearest, field)
-    shell.join_sheets(blocks, corners, starts, triangles, sheet, field, reach)
+    near_sheets, nearest_sheet = shell.join_sheets(
+        blocks, corners, starts, triangles, sheet, field, reach
+    )
     thin_voxels = len(voxels_of(outside & below(field, 0.0)))
     if confidence is not None:
         shell.cap_holes(rows, neighbours, blocks, walls, outside, field)
     _keep_border_outside(field, blocks, resolution)
     shell.bound_corners(neighbours, field)
-    found = shell.nearest_parts(shell.surface_voxels(neighbours, field), nearest, parts)
+    # A part that lies in another's shell is not seen: no voxel beside it is left outside.
+    seen = shell.nearest_parts(voxels_of(near & ~below(field, 0.0)), nearest, parts)
+    surface = shell.surface_voxels(neighbours, field)
+    found = shell.nearest_parts(surface, nearest, parts)
+    nearest[near_sheets] = nearest_sheet
+    found |= shell.nearest_parts(surface, nearest, parts)
     counted = seen & (_part_sizes(corners, parts) > PART_SIZE)
     sharp = np.zeros(field.shape, bool)
     segments = positions[sharp_edges(vertices, faces)]
