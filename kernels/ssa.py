@@ -170,9 +170,13 @@ def spatial_sparse_attention(
 
     q: [N, Hq, D]; k, v: [N, Hkv, D], query head h reads KV head h // (Hq / Hkv).
     k_cmp, v_cmp: [Nc, Hkv, D], compressed keys and values.
-    gates: [N, 3] weights of the compression, selection and window branch, already sigmoid.
+    gates: [N, 3] weights of the compression, selection and window branch, already sigmoid: the
+    kernels take their logarithm, and a negative one gives NaN gradients.
     Scale 1 / sqrt(D). top_k: selection blocks a token and a KV head take; fewer where the sample
     has fewer, and of equal scores the first block. No gradient flows through the selection.
+    On CUDA equal inputs give equal bits, of the gradients of k and v only where
+    torch.use_deterministic_algorithms is on: these are then summed without atomics, more slowly
+    where many tokens take one block.
     """
     _check_inputs(q, k, v, k_cmp, v_cmp, gates, layout, top_k)
     # float64 is for checks, and no kernel launches on an empty grid: both take the reference.

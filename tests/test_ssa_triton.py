@@ -108,12 +108,16 @@ def test_kernels_equal_the_reference(case):
     check(inputs, layout, grad, top_k)
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # by the interpreter
 @pytest.mark.parametrize("limit", [-1.0, 1e9], ids=["shifted", "unshifted"])
 def test_kernels_equal_the_reference_in_many_small_pieces(monkeypatch, limit):
     """Several chunks of tokens, panels of blocks and programs a block; softmax with and without
-    the running maximum.
+    the running maximum; gates that are zero.
     """
     inputs, layout, grad = draw([14, 1, 9], (4, 8, 8), 4, 4, 2, 32, 6, torch.float32, 20)
+    with torch.no_grad():
+        for branch in range(3):
+            inputs[5][branch::4, branch] = 0
     monkeypatch.setattr(ssa_triton, "PARTIAL_BYTES", 4 * 5 * 32 * 4 * 3)  # 5 tokens
     monkeypatch.setattr(ssa_triton, "PAIRS_A_PROGRAM", 2)
     monkeypatch.setattr(ssa_triton, "PAIRS_A_BACKWARD_PROGRAM", 2)
@@ -179,9 +183,11 @@ def test_the_same_inputs_give_the_same_bits_in_deterministic_mode():
     inputs, layout, grad = draw([70], (8, 8, 8), 4, 2, 1, 32, 4, torch.float32, 8)
     with deterministic():
         first, second = (run(inputs, layout, grad, 2) for _ in range(2))
-        check(inputs, layout, grad, 2)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert torch.equal(run(inputs, layout, grad, 2)[0], first[0])  # the output in any mode
+    otherwise = run(inputs, layout, grad, 2)
+    assert torch.equal(otherwise[0], first[0])  # the output in any mode
+    for ours, theirs in zip(otherwise, first, strict=True):
+        assert (ours - theirs).norm() <= BOUNDS[torch.float32] * theirs.norm()
 
 
 def test_the_operators_compile_whole_and_run_in_checkpoints():
