@@ -106,4 +106,5 @@ def _renders(root: str, rows: Sequence[Row]) -> Image.Image:
     images = [
         read_image(filesystem, f"{base}/{s.views_path}", s.views_row_group, 0) for s in samples
     ]
-    return contact_sheet(images, 8, [row.uris[0].split("/")[-1] for row in first])
+    labels = [f"{row.category} {row.uris[0].split('/')[-1]}".strip() for row in first]
+    return contact_sheet(images, 8, labels)
