@@ -12,7 +12,7 @@ to the same place meanwhile, and the same inputs give the same bits.
 import triton
 import triton.language as tl
 
-from kernels.ssa_forward import dot, load_keys, row_of, span_of
+from kernels.ssa_forward import dot, load_keys, span_of, tile_rows
 
 
 @triton.jit
@@ -69,13 +69,9 @@ def dq_window(
     """
     h = tl.program_id(1)
     M: tl.constexpr = T * GP
-    rows = tl.arange(0, M)
-    unclamped = tl.program_id(0) * T + rows // GP
-    places = tl.minimum(unclamped, n - 1)
-    heads = tl.minimum(rows % GP, G - 1)
-    stored = (unclamped < n) & (rows % GP < G)
-    tokens = row_of(places, order, 0, True)
-    row = tokens * (HKV * G) + h * G + heads
+    places, tokens, row, stored = tile_rows(
+        tl.program_id(0) * T, n, h, order, HKV, G, GP, T, True
+    )  # fmt: skip
     offsets = row[:, None] * D + tl.arange(0, D)[None, :]
     lo = tl.load(ranges + 2 * places)
     hi = tl.load(ranges + 2 * places + 1)
@@ -104,7 +100,7 @@ def dq_window(
     tl.store(stats + 2 * row, row_lse - tl.log2(gate), mask=stored)
     tl.store(stats + 2 * row + 1, delta, mask=stored)
     place = tl.program_id(0) * T + tl.arange(0, T)
-    token = row_of(tl.minimum(place, n - 1), order, 0, True)
+    token = tl.load(order + place, mask=place < n, other=0).to(tl.int64)
     share = tl.sum(tl.reshape(tl.where(stored, delta, 0.0), [T, GP]), 1)
     tl.store(grad_gates + (h * n + token) * 3 + 2, share, mask=place < n)
 
@@ -140,16 +136,12 @@ def dq_compression(
     """Gradient of q: compression branch, with the other two added."""
     h = tl.program_id(1)
     M: tl.constexpr = T * GP
-    rows = tl.arange(0, M)
-    unclamped = first + tl.program_id(0) * T + rows // GP
-    tokens = tl.minimum(unclamped, n - 1)
-    heads = tl.minimum(rows % GP, G - 1)
-    stored = (unclamped < n) & (rows % GP < G)
-    lo = tl.load(ranges + 2 * tokens)
-    hi = tl.load(ranges + 2 * tokens + 1)
+    places, tokens, row, stored = tile_rows(
+        first + tl.program_id(0) * T, n, h, ranges, HKV, G, GP, T, False
+    )  # fmt: skip
+    lo = tl.load(ranges + 2 * places)
+    hi = tl.load(ranges + 2 * places + 1)
     begin, split, end = span_of(lo, hi, BN)
-    tokens = tokens.to(tl.int64)
-    row = tokens * (HKV * G) + h * G + heads
     offsets = row[:, None] * D + tl.arange(0, D)[None, :]
     q_tile = tl.load(q + offsets)
     do = tl.load(grad + offsets)
@@ -170,7 +162,7 @@ def dq_compression(
     slot = (tokens * HKV + h) * PARTIALS
     for i in tl.range(PARTIALS, loop_unroll_factor=4):
         taken = (tl.load(selected + slot + i) >= 0) & stored
-        line = (slot + i - first * HKV * PARTIALS) * G + heads
+        line = (slot + i - first * HKV * PARTIALS) * G + row % G
         others += tl.load(
             partial + line[:, None] * D + tl.arange(0, D)[None, :],
             mask=taken[:, None], other=0.0,

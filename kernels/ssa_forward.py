@@ -15,20 +15,21 @@ MASKED = tl.constexpr(-1.0e30)  # finite: a tile without a valid key must not gi
 
 
 @triton.jit
-def row_of(
-    places,  # [M] places in the list of tokens or pairs
-    order,  # list: token of a place; or pair of a place, token * PAIRS + KV head * top_k + slot
-    PAIRS: tl.constexpr,  # 0: a list of tokens
+def tile_rows(
+    first, n, h,  # the first place, the number of places, the KV head
+    order,  # token at each place
+    HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
     HAS_ORDER: tl.constexpr,  # False: the token at place p is p
-):
-    """Return the tokens [M] int64 at these places."""
-    if HAS_ORDER:
-        tokens = tl.load(order + places)
-        if PAIRS:
-            tokens = tokens // PAIRS
-    else:
-        tokens = places
-    return tokens.to(tl.int64)
+):  # fmt: skip
+    """Return places, tokens and rows of [*, Hq] (int64) of T places, [M], and what is to be stored:
+    rows past the end and padding heads repeat others.
+    """
+    lines = tl.arange(0, T * GP)
+    unclamped = first + lines // GP
+    places = tl.minimum(unclamped, n - 1)
+    tokens = (tl.load(order + places) if HAS_ORDER else places).to(tl.int64)
+    rows = tokens * (HKV * G) + h * G + tl.minimum(lines % GP, G - 1)
+    return places, tokens, rows, (unclamped < n) & (lines % GP < G)
 
 
 @triton.jit
@@ -140,12 +141,9 @@ def attend_places(
     """
     h = tl.program_id(1)
     M: tl.constexpr = T * GP
-    rows = tl.arange(0, M)
-    unclamped = tl.program_id(0) * T + rows // GP
-    places = tl.minimum(unclamped, n - 1)
-    heads = tl.minimum(rows % GP, G - 1)
-    stored = (unclamped < n) & (rows % GP < G)
-    row = row_of(places, order, 0, HAS_ORDER) * (HKV * G) + h * G + heads
+    places, _, row, stored = tile_rows(
+        tl.program_id(0) * T, n, h, order, HKV, G, GP, T, HAS_ORDER
+    )  # fmt: skip
     offsets = row[:, None] * D + tl.arange(0, D)[None, :]
     lo = tl.load(ranges + 2 * places)
     hi = tl.load(ranges + 2 * places + 1)
