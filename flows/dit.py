@@ -1,5 +1,6 @@
 """`train-dit`: the structure stage and the SS-DiT stages, coarse to fine."""
 
+import logging
 from typing import Annotated
 
 from prefect import flow
@@ -16,6 +17,8 @@ from tasks.generation import stages_of
 from tasks.latents import open_latents
 from tasks.presets import Preset, load_preset
 from tasks.ray_training import TrainingJob
+
+logger = logging.getLogger(__name__)
 
 
 @flow(name="train-dit")
@@ -59,6 +62,13 @@ def train_dit(
     name = f"{'+'.join(wanted)}-{dataset.name}"
     with tracked("train-dit", name, data, params, resume=True) as tracking_run:
         log_dataset(tracking_run.run, dataset, "training")
+        tracking_run.run.set_tags({"image_encoder": sizes.encoder.kind})
+        if sizes.encoder.kind == "small-vit":
+            logger.warning(
+                'preset "%s" has no DINOv2: a small ViT is trained jointly with each transformer, '
+                "and knows these assets' pictures alone",
+                sizes.name,
+            )
         done = {}
         for stage in wanted:
             if stage == "structure":
