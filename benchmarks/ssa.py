@@ -1,9 +1,10 @@
 """SSA against full attention: python benchmarks/ssa.py [table|profile|growth|block|tune] on a GPU.
 
 Tokens are two nested bumpy shells in a 128^3 latent grid (larger past 131,072 tokens, so that the
-occupancy of the blocks stays the same); inputs are random normal, drawn anew for every row.
-Times are medians in milliseconds by CUDA events after warm-up; memory is the peak beyond inputs,
-output and gradients.
+occupancy of the blocks stays the same). With table --tokens FOLDER a row is a mesh: its latent
+voxels, from the `sdf-*.parquet` shards below a data folder. Inputs are random normal, drawn anew
+for every row. Times are medians in milliseconds by CUDA events after warm-up; memory is the peak
+beyond inputs, output and gradients.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import triton
@@ -61,10 +63,26 @@ def shells(tokens: int, samples: int, seed: int) -> Tensor:
     return torch.cat(rows)
 
 
-def draw(row: tuple, seed: int = 0) -> tuple[list[Tensor], ssa.SSALayout, Tensor]:
-    """Return inputs, layout and a gradient for a row of ROWS."""
+def stored_tokens(folder: Path) -> list[Tensor]:
+    """Return coords [N, 4] int32 on the CPU of every mesh in the shards below a folder."""
+    from pyarrow import fs, parquet
+
+    from tasks.shards import read_sdf
+
+    found = []
+    for path in sorted(folder.rglob("sdf-*.parquet")):
+        for row_group in range(parquet.ParquetFile(path).num_row_groups):
+            blocks = torch.tensor(read_sdf(fs.LocalFileSystem(), str(path), row_group).blocks)
+            found.append(functional.pad(blocks.int(), (1, 0)))
+    if not found:
+        raise SystemExit(f"{folder} has no sdf-*.parquet: name the data folder of a conversion")
+    return found
+
+
+def draw(row: tuple, coords: Tensor | None = None) -> tuple[list[Tensor], ssa.SSALayout, Tensor]:
+    """Return inputs, layout and a gradient for a row of ROWS, on shells if there are no coords."""
     tokens, samples, sides, _, heads, kv_heads, dim = row[:7]
-    coords = shells(tokens, samples, seed)
+    coords = shells(tokens, samples, seed=0) if coords is None else coords.cuda()
     coords = coords[ssa.block_order(coords, sides[1], sides[0])]
     layout = ssa.build_layout(coords, *sides, shift=0)
     n, nc = len(coords), layout.num_compression_blocks
@@ -137,17 +155,17 @@ def time_newer_flash(row: tuple) -> str:
     return f"{times[0]:.2f} / {times[1]:.2f}"
 
 
-def table() -> None:
+def table(rows: list[tuple], coords: list[Tensor | None]) -> None:
     """Print one line a row: full attention, SSA, and how many times faster SSA is."""
     print("| tokens | sides, top-k, heads | FlashAttention-2 fwd / bwd | cuDNN | "
           "FlashAttention-3/4 | SSA | GB | x fwd (wanted) | x bwd (wanted) |")  # fmt: skip
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for row in ROWS:
+    for row, voxels in zip(rows, coords, strict=True):
         tokens, samples, sides, top_k, heads, kv_heads, dim, want_forward, want_backward = row
         sides_text = "/".join(map(str, sides))
         flash = time_full(row, SDPBackend.FLASH_ATTENTION)
         cudnn = time_full(row, SDPBackend.CUDNN_ATTENTION)
-        inputs, layout, grad = draw(row)
+        inputs, layout, grad = draw(row, voxels)
         ours = time_both(
             lambda i=inputs, la=layout, k=top_k: ssa.spatial_sparse_attention(*i, la, k),
             inputs, grad,
@@ -376,14 +394,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     choices = ["table", "profile", "growth", "block", "tune"]
     parser.add_argument("what", nargs="?", default="table", choices=choices)
-    parser.add_argument("--row", type=int, default=0, help="row of the table to tune for")
-    parser.add_argument("--warm", type=int, default=None, help="only compile this variant")
+    parser.add_argument("--row", type=int, help="the only row of the table, or to tune for")
+    parser.add_argument(
+        "--tokens", type=Path, help="data folder whose meshes make the table's rows"
+    )
+    parser.add_argument("--warm", type=int, help="only compile this variant")
     arguments = parser.parse_args()
+    rows = ROWS if arguments.row is None else [ROWS[arguments.row]]
+    coords: list[Tensor | None] = [None] * len(rows)
+    if arguments.tokens:
+        coords = [*stored_tokens(arguments.tokens)]
+        rows = [(len(voxels), 1, *ROWS[0][2:7], "-", "-") for voxels in coords]
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
     if arguments.what == "tune":
-        tune(arguments.row, arguments.warm)
+        tune(arguments.row or 0, arguments.warm)
+    elif arguments.what == "table":
+        table(rows, coords)
     else:
-        {"table": table, "profile": profile, "growth": growth, "block": block}[arguments.what]()
+        {"profile": profile, "growth": growth, "block": block}[arguments.what]()
 
 
 if __name__ == "__main__":
