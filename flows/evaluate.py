@@ -29,6 +29,7 @@ from tasks.tracking import ModelVersion, Run
 logger = logging.getLogger(__name__)
 
 SHEET_ASSETS = 2  # in a row of the sheet
+HEADLINES = ("f_score_1_voxel", "f_score_2_voxels", "chamfer", "normal_consistency")  # logged
 SHOWN_ASSETS = 8  # with a viewer and .glb files each
 Subject = Literal["reconstruction", "generation"]
 Part = Literal["train", "test", "all"]
@@ -121,7 +122,8 @@ def evaluate(
                 scores |= {f"{prefix}{name}": value for name, value in found.items()}
                 log_results(run, label, results)
         run.log_metrics(scores)
-        logger.info("scores:\n%s", "\n".join(f"{v:10.4f}  {k}" for k, v in scores.items()))
+        headlines = {k: v for k, v in scores.items() if k.endswith(HEADLINES)}
+        logger.info("scores:\n%s", "\n".join(f"{v:10.4f}  {k}" for k, v in headlines.items()))
         publish("scores", markdown_table([{"score": k, "mean": v} for k, v in scores.items()]))
         return scores
 
