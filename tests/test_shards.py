@@ -132,15 +132,21 @@ def test_latents_round_trip(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got_mean, mean)
 
 
-def test_one_picture_is_decoded(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 3, 5, 4)).astype(np.uint8)
+def write_pictures(folder: Path, pictures: np.ndarray) -> list[StoredView]:
+    """Write an asset with these pictures [V, H, W, 4] and return its views."""
     views = []
-    for picture in pixels:
+    for picture in pictures:
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "PNG")
         views.append(StoredView(buffer.getvalue(), np.eye(4), 0.7))
-    with ShardWriter(LOCAL, str(tmp_path)) as writer:
+    with ShardWriter(LOCAL, str(folder)) as writer:
         writer.add_asset(replace(random_asset(0), views=tuple(views)))
+    return views
+
+
+def test_one_picture_is_decoded(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 3, 5, 4)).astype(np.uint8)
+    write_pictures(tmp_path, pixels)
     path = str(tmp_path / "assets.parquet")
     for view in (0, 11, -1, lambda count: count - 2):
         index = view(12) if callable(view) else view
@@ -227,13 +233,7 @@ def test_one_row_is_read_without_its_neighbours(shard: tuple[Path, ShardWriter])
 
 def test_one_picture_is_read_without_the_others(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (8, 100, 100, 4)).astype(np.uint8)
-    views = []
-    for picture in noise:
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "PNG")
-        views.append(StoredView(buffer.getvalue(), np.eye(4), 0.7))
-    with ShardWriter(LOCAL, str(tmp_path)) as writer:
-        writer.add_asset(replace(random_asset(0), views=tuple(views)))
+    views = write_pictures(tmp_path, noise)
     path = tmp_path / "assets.parquet"
     counting, filesystem = counted(path)
     np.testing.assert_array_equal(read_image(filesystem, str(path), 0, 2), noise[2])
