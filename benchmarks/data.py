@@ -20,8 +20,9 @@ worker holds (libraries, kernels). Steps of a mesh:
 
 Errors of `sparse`, in voxels: of samples of the result whose nearest original face belongs to a
 closed part, the distance to the original. `contradicting`: voxels, of 20,000 of the band, whose
-sign is not that of the winding number of the result's mesh. Up to SCORED, F-score(0.001), Chamfer
-and normal consistency (`tasks.metrics.surface_scores`) against the visible original.
+sign is not that of the winding number of the result's mesh. This, F-score(0.001), Chamfer
+and normal consistency (`tasks.metrics.surface_scores`) against the visible original
+are left out above resolution `--scored`, where the trees of the results take longer than the rest.
 """
 
 import argparse
@@ -56,7 +57,6 @@ from tasks.sparse_engine import weld
 SUFFIXES = {".glb", ".gltf", ".obj", ".ply", ".stl", ".dae", ".3mf", ".off"}
 POINTS = 30_000  # samples of each surface for errors and scores
 SIGNS = 20_000  # band voxels whose sign is compared
-SCORED = 512  # the trees of larger results take longer than all the rest
 DENSE = (128, 256)
 Row = dict[str, object]
 
@@ -79,7 +79,7 @@ def peak_mb() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def measure(path: Path, root: Path, step: str, resolution: int) -> Row:
+def measure(path: Path, root: Path, step: str, resolution: int, scored: int) -> Row:
     """Do one step with one mesh in this process and return its row."""
     row: Row = {"file": str(path.relative_to(root)), "step": step, "resolution": resolution}
     try:
@@ -94,7 +94,7 @@ def measure(path: Path, root: Path, step: str, resolution: int) -> Row:
         engine = "sparse" if step == "sparse" else "mesh2sdf"
         result, cpu = timed(lambda: convert(vertices, mesh.faces, resolution, engine))
         row |= {"cpu": cpu, "peak_mb": peak_mb()}
-        return row | examine(result, vertices, mesh.faces, step)
+        return row | examine(result, vertices, mesh.faces, resolution <= scored)
     except ValueError as error:  # MeshRejectedError too
         return row | {"rejected": str(error)}
 
@@ -138,7 +138,7 @@ def dense(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Row:
     return row | scores(surface, vertices, faces)
 
 
-def examine(result: Conversion, vertices: np.ndarray, faces: np.ndarray, step: str) -> Row:
+def examine(result: Conversion, vertices: np.ndarray, faces: np.ndarray, scored: bool) -> Row:
     """Return what a conversion is worth, and what storing it takes."""
     sdf = result.sdf
     tensors = torch.from_numpy(sdf.blocks), torch.from_numpy(sdf.values)
@@ -171,10 +171,9 @@ def examine(result: Conversion, vertices: np.ndarray, faces: np.ndarray, step: s
         "bytes": size,
     }
     row |= closed_part_errors(surface, vertices, faces, sdf.resolution)
-    if sdf.resolution <= SCORED:
+    if scored:
         row |= scores(surface, vertices, faces)
-        if step == "sparse":
-            row["contradicting"] = contradicting(result, surface)
+        row["contradicting"] = contradicting(result, surface)
     return row
 
 
@@ -299,11 +298,31 @@ def tables(rows: list[Row]) -> str:
         f"| bytes of mesh and views, KB | "
         f"{distribution([{'kb': float(r['bytes']) / 1e3} for r in found], 'kb', 0)} |",
     ]
+    lines += ["", *at_scale(done)]
     rejected = sorted(
         {(str(row["file"]), str(row["rejected"])) for row in rows if "rejected" in row}
     )
     lines += ["", *(f"rejected: {file}: {why}" for file, why in rejected)]
     return "\n".join(lines)
+
+
+def at_scale(done: dict[tuple[str, int], list[Row]], assets: int = 10_000_000) -> list[str]:
+    """Return a table of means, and what so many assets would take at them."""
+    lines = [
+        f"| mean an asset | CPU s | MB | {assets:,} assets: core-hours | TB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for (step, resolution), rows in done.items():
+        if step not in ("prepare", "sparse") or not rows:
+            continue
+        parts = ("parse", "render", "write") if step == "prepare" else ("cpu", "write")
+        seconds = np.mean([sum(float(row[part]) for part in parts) for row in rows])
+        size = np.mean([float(row["bytes"]) for row in rows])
+        lines.append(
+            f"| {' + '.join(parts)}{f' at {resolution}' if resolution else ''} | {seconds:.2f} "
+            f"| {size / 1e6:.2f} | {seconds * assets / 3600:,.0f} | {size * assets / 1e12:.1f} |"
+        )
+    return lines
 
 
 def draw_worst(rows: list[Row], root: Path, out: Path) -> None:
@@ -340,6 +359,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=30, help="meshes, by digest; 0 for all")
     parser.add_argument("--dense", type=int, default=0, help="meshes for libigl's dense way")
     parser.add_argument("--mesh2sdf", type=int, default=0, help="meshes for mesh2sdf")
+    parser.add_argument("--scored", type=int, default=512, help="highest resolution with scores")
     parser.add_argument("--minutes", type=float, default=1e9, help="start nothing new after this")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -368,7 +388,7 @@ def main() -> None:
         for path, step, resolution in missing:
             if time.monotonic() - start > options.minutes * 60:
                 break
-            row = pool.apply(measure, (path, root, step, resolution))
+            row = pool.apply(measure, (path, root, step, resolution, options.scored))
             f.write(json.dumps(row) + "\n")
             f.flush()
             rows.append(row)
