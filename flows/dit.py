@@ -7,7 +7,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import Tracked, data_root, tracked
+from flows.run import Tracked, close_runs, data_root, tracked
 from flows.stages import Means, train_stage
 from tasks import models, tracking
 from tasks.catalogue import DatasetVersion, open_version
@@ -21,7 +21,7 @@ from tasks.ray_training import TrainingJob
 logger = logging.getLogger(__name__)
 
 
-@flow(name="train-dit")
+@flow(name="train-dit", on_cancellation=[close_runs], on_crashed=[close_runs])
 def train_dit(
     stages: list[str] | None = None,
     preset: str = "tiny",

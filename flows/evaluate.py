@@ -8,7 +8,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import data_root, log_meshes, markdown_table, publish, tracked
+from flows.run import close_runs, data_root, log_meshes, markdown_table, publish, tracked
 from tasks import models, tracking
 from tasks.catalogue import open_version
 from tasks.dataset import log_dataset, samples_of
@@ -35,7 +35,7 @@ Subject = Literal["reconstruction", "generation"]
 Part = Literal["train", "test", "all"]
 
 
-@flow(name="evaluate")
+@flow(name="evaluate", on_cancellation=[close_runs], on_crashed=[close_runs])
 def evaluate(
     subjects: list[Subject] | None = None,
     preset: str = "tiny",

@@ -13,7 +13,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import data_root, log_meshes, markdown_table, publish, tracked
+from flows.run import close_runs, data_root, log_meshes, markdown_table, publish, tracked
 from tasks import models, tracking
 from tasks.generation import Shape, load_models, read_picture
 from tasks.generation import generate as generate_shapes
@@ -37,7 +37,7 @@ class Generated:
     faces: int
 
 
-@flow(name="generate")
+@flow(name="generate", on_cancellation=[close_runs], on_crashed=[close_runs])
 def generate(
     images: list[str],
     out: str = "generated",

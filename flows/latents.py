@@ -7,7 +7,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import data_root, markdown_table, publish, tracked
+from flows.run import close_runs, data_root, markdown_table, publish, tracked
 from tasks import models, tracking
 from tasks.catalogue import open_version
 from tasks.dataset import log_dataset
@@ -18,7 +18,7 @@ from tasks.presets import load_preset
 logger = logging.getLogger(__name__)
 
 
-@flow(name="encode-latents")
+@flow(name="encode-latents", on_cancellation=[close_runs], on_crashed=[close_runs])
 def encode_latents(
     preset: str = "tiny",
     data: str = "data",

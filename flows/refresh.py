@@ -9,7 +9,7 @@ from prefect.events import emit_event
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import data_root, markdown_table, publish, tracked
+from flows.run import close_runs, data_root, markdown_table, publish, tracked
 from tasks.dataset import log_summary
 from tasks.presets import load_preset
 from tasks.refresh import RefreshConfig, plan_refresh, refresh
@@ -29,7 +29,7 @@ class Refreshed:
     url: str
 
 
-@flow(name="refresh-dataset")
+@flow(name="refresh-dataset", on_cancellation=[close_runs], on_crashed=[close_runs])
 def refresh_dataset(
     source: str | None = None,
     preset: str = "tiny",

@@ -10,7 +10,7 @@ from flows.dit import train_dit
 from flows.evaluate import Subject, evaluate
 from flows.latents import encode_latents
 from flows.refresh import refresh_dataset
-from flows.run import Tracked, data_root, markdown_table, publish, tracked
+from flows.run import Tracked, close_runs, data_root, markdown_table, publish, tracked
 from flows.vae import train_vae
 from tasks import models, tracking
 from tasks.generation import stages_of
@@ -23,7 +23,7 @@ RECONSTRUCTION_SCORE = "reconstruction/f_score_1_voxel"
 GENERATION_SCORE = "generation/f_score_2_voxels"
 
 
-@flow(name="retrain")
+@flow(name="retrain", on_cancellation=[close_runs], on_crashed=[close_runs])
 def retrain(
     source: str | None = None,
     preset: str = "tiny",

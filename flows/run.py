@@ -7,9 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
+from prefect import Flow, State
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.client.schemas.objects import FlowRun
 from prefect.runtime import flow_run
 
 from tasks import tracking
@@ -80,6 +84,16 @@ def tracked(
             yield opened
     finally:
         _parent.reset(token)
+
+
+def close_runs(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
+    """End the MLflow runs that a cancelled or killed flow left open: a hook for Prefect's runner.
+
+    The runner calls it once the flow's process is gone, which may not have had the time to.
+    """
+    data = flow_run.parameters.get("data", signature(flow.fn).parameters["data"].default)
+    for run_id in tracking.reconcile(tracking.tracking_uri(data_root(data))):
+        logger.warning("%s: ended MLflow run %s, whose process is gone", state.name, run_id)
 
 
 def publish(key: str, markdown: str) -> None:

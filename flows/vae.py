@@ -5,7 +5,7 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
-from flows.run import data_root, tracked
+from flows.run import close_runs, data_root, tracked
 from flows.stages import Means, train_stage
 from tasks import models, tracking
 from tasks.catalogue import open_version
@@ -14,7 +14,7 @@ from tasks.presets import load_preset
 from tasks.ray_training import TrainingJob
 
 
-@flow(name="train-vae")
+@flow(name="train-vae", on_cancellation=[close_runs], on_crashed=[close_runs])
 def train_vae(
     preset: str = "tiny",
     data: str = "data",

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
 
 PROJECT = Path(__file__).resolve().parent.parent
 PRESET = PROJECT / "tests" / "minute.toml"
@@ -188,38 +189,56 @@ def test_deployments_run_to_completion(services: Services, retrained: dict[str, 
         assert run.info.status == "FINISHED"
 
 
-@pytest.mark.timeout(300)
-def test_cancelling_a_training_stops_its_workers(
-    services: Services, retrained: dict[str, object], tmp_path: Path
-) -> None:
-    endless = tmp_path / "endless.toml"
-    endless.write_text(PRESET.read_text().replace("steps = 6", "steps = 1_000_000", 1))
-    parameters = {"preset": str(endless), "data": str(services.data)}
+def start_training(services: Services, preset: Path) -> str:
+    """Start a training through its deployment; return the flow run once it has a checkpoint."""
+    before = set((services.data / "training").glob("vae-*/step-*"))
+    parameters = {"preset": str(preset), "data": str(services.data)}
     started = services.prefect(
         *("deployment", "run", "train-vae/default"), *("--params", json.dumps(parameters))
     )
     match = re.search(r"UUID: (\S+)", started.stdout)
     assert match, started.stdout + started.stderr
-    before = set((services.data / "training").glob("vae-*"))
     deadline = time.monotonic() + 120
-    while not any(
-        list(run.glob("step-*")) for run in set((services.data / "training").glob("vae-*")) - before
-    ):
+    while before.issuperset((services.data / "training").glob("vae-*/step-*")):
         assert time.monotonic() < deadline, "no checkpoint after 120 s"
         time.sleep(0.5)
     assert services.ray_processes()
-    cancelled = services.prefect("flow-run", "cancel", match.group(1))
-    assert cancelled.returncode == 0, cancelled.stdout + cancelled.stderr
+    return match.group(1)
+
+
+def mlflow_run(services: Services) -> MlflowRun:
+    """Return the newest run of train-vae."""
+    client = MlflowClient(services.mlflow)
+    (experiment,) = client.search_experiments(filter_string="name = 'train-vae'")
+    return client.search_runs([experiment.experiment_id])[0]
+
+
+def wait_until_ended(services: Services, flow_run: str, state: str) -> None:
     deadline = time.monotonic() + 90
-    while (run := services.get(f"flow_runs/{match.group(1)}"))["state_type"] != "CANCELLED":
+    while (run := services.get(f"flow_runs/{flow_run}"))["state_type"] != state:
         assert time.monotonic() < deadline, run["state_type"]
         time.sleep(0.5)
     while services.ray_processes():
         assert time.monotonic() < deadline, services.ray_processes()
         time.sleep(0.5)
-    client = MlflowClient(services.mlflow)
-    (experiment,) = client.search_experiments(filter_string="name = 'train-vae'")
-    assert client.search_runs([experiment.experiment_id])[0].info.status == "KILLED"
+    assert mlflow_run(services).info.status == "KILLED"
+
+
+@pytest.mark.timeout(400)
+def test_a_training_that_is_killed_or_cancelled_leaves_nothing_running(
+    services: Services, retrained: dict[str, object], tmp_path: Path
+) -> None:
+    endless = tmp_path / "endless.toml"
+    endless.write_text(PRESET.read_text().replace("steps = 6", "steps = 1_000_000", 1))
+    flow_run = start_training(services, endless)
+    killed = mlflow_run(services)
+    os.kill(int(killed.data.tags["pid"]), signal.SIGKILL)
+    wait_until_ended(services, flow_run, "CRASHED")
+    flow_run = start_training(services, endless)
+    assert mlflow_run(services).info.run_id == killed.info.run_id, "it continues its run"
+    cancelled = services.prefect("flow-run", "cancel", flow_run)
+    assert cancelled.returncode == 0, cancelled.stdout + cancelled.stderr
+    wait_until_ended(services, flow_run, "CANCELLED")
 
 
 def test_invalid_parameters_are_refused_before_work(services: Services) -> None:

