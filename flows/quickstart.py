@@ -15,6 +15,7 @@ from flows.run import data_root, tracked
 from flows.vae import train_vae
 from tasks.catalogue import open_version
 from tasks.dataset import samples_of
+from tasks.mirror import read_mirror
 from tasks.presets import load_preset
 from tasks.samples import split
 from tasks.shards import read_image
@@ -30,15 +31,24 @@ SHOWN = {
 
 
 @flow(name="quickstart")
-def quickstart(data: str = "data", preset: str = "tiny") -> None:
+def quickstart(data: str | None = None, preset: str = "tiny") -> None:
     """Make a dataset, train all models on it, evaluate them, and turn a picture into a mesh.
 
     Args:
-        data: data folder; a second quickstart on it reuses what did not change.
+        data: data folder; a second quickstart on it reuses what did not change. None takes
+            GIGASHAPE_DATA, else data.
         preset: tiny, small, paper, or the path of a .toml file.
     """
     data = data_root(data)
     sizes = load_preset(preset)
+    if "://" in data:
+        raise ValueError(f"data is {data}: a quickstart needs a folder of this machine")
+    mirror = read_mirror(data)
+    if mirror is not None and mirror.source != sizes.data.source:
+        raise ValueError(
+            f"{data} mirrors {mirror.source}, which a quickstart would replace by "
+            f"{sizes.data.source}: give it another folder with --data"
+        )
     with tracked("quickstart", "quickstart", data, {"preset": sizes}) as tracking_run:
         refreshed = refresh_dataset(preset=preset, data=data)
         assert refreshed is not None

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from prefect.runtime import flow_run
 
 from tasks import tracking
 from tasks.metrics import Surface
+from tasks.mirror import read_mirror
 from tasks.pictures import VIEWER_FACES, save_glb, viewer_html
 from tasks.ray_work import session
 from tasks.tracking import Run
@@ -41,9 +41,24 @@ class Tracked:
 _parent: ContextVar[Tracked | None] = ContextVar("parent", default=None)
 
 
-def data_root(data: str) -> str:
-    """Return the data folder as an absolute path: Ray's workers run in folders of their own."""
+def data_root(data: str | None) -> str:
+    """Return the data folder as an absolute path: Ray's workers run in folders of their own.
+
+    None takes GIGASHAPE_DATA, which `gigashape ui` sets for its worker, else `data`.
+    """
+    data = data or os.environ.get("GIGASHAPE_DATA", "data")
     return data if "://" in data else str(Path(data).resolve())
+
+
+def preset_of(data: str, preset: str | None) -> str:
+    """Return a preset's name or absolute path; None takes that of the data folder's last refresh.
+
+    Before the first one it is `tiny`.
+    """
+    if preset is None:
+        mirror = read_mirror(data)
+        return mirror.preset if mirror else "tiny"
+    return str(Path(preset).resolve()) if preset.endswith(".toml") else preset
 
 
 @contextmanager
@@ -91,8 +106,9 @@ def close_runs(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
 
     The runner calls it once the flow's process is gone, which may not have had the time to.
     """
-    data = flow_run.parameters.get("data", signature(flow.fn).parameters["data"].default)
-    for run_id in tracking.reconcile(tracking.tracking_uri(data_root(data))):
+    del flow
+    uri = tracking.tracking_uri(data_root(flow_run.parameters.get("data")))
+    for run_id in tracking.reconcile(uri):
         logger.warning("%s: ended MLflow run %s, whose process is gone", state.name, run_id)
 
 

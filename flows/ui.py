@@ -62,9 +62,9 @@ def stop(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def serve_ui(
-    data: Annotated[Path, typer.Option(help="Data folder that holds the MLflow database")] = Path(
-        "data"
-    ),
+    data: Annotated[
+        Path, typer.Option(help="Data folder of the MLflow UI, and of runs that name none")
+    ] = Path("data"),
     prefect_port: Annotated[int, typer.Option(help="Port of Prefect's server and UI")] = 4200,
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow UI")] = 5000,
 ) -> None:
@@ -85,6 +85,7 @@ def serve_ui(
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
         "GIGASHAPE_MLFLOW_UI": mlflow_url,
+        "GIGASHAPE_DATA": str(data),
     }
     database = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{data / 'mlflow.db'}")
     python = [sys.executable, "-m"]

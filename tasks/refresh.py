@@ -13,7 +13,6 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import pyarrow.parquet as pq
@@ -34,7 +33,7 @@ from tasks.processing import (
 )
 from tasks.ray_work import WorkerDiedError, run_chunks
 from tasks.samples import split_of
-from tasks.sources import SourceAsset, open_source
+from tasks.sources import SourceAsset, absolute_spec, open_source
 from tasks.storage import absolute_root, exclusive, list_files, open_filesystem
 
 logger = logging.getLogger(__name__)
@@ -234,12 +233,6 @@ def _list_assets(config: RefreshConfig) -> list[tuple[SourceAsset, Wanted]]:
     return sorted(listed, key=lambda pair: pair[1].uris)
 
 
-def _absolute_spec(spec: str) -> str:
-    kind, _, rest = spec.partition(":")
-    path = Path(rest).expanduser()
-    return f"{kind}:{path.absolute()}" if kind != "procedural" and path.exists() else spec
-
-
 def _remove_orphans(root: str, state: _State) -> None:
     """Remove shards of refreshes that were killed, which no version and no staging file names."""
     newest: dict[str, datetime] = {}
@@ -272,7 +265,7 @@ def _process(config: RefreshConfig, state: _State, progress: Report, process: st
     for entry in state.plan.of(*WORK):
         wanted_at[entry.asset_id].append(entry.resolution)
     jobs = [
-        Job(asset, wanted, _absolute_spec(config.source), tuple(wanted_at[wanted.asset_id]))
+        Job(asset, wanted, absolute_spec(config.source), tuple(wanted_at[wanted.asset_id]))
         for asset, wanted in state.assets
         if wanted.asset_id in wanted_at
     ]

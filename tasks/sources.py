@@ -85,6 +85,13 @@ def open_source(
     )
 
 
+def absolute_spec(spec: str) -> str:
+    """Return a spec that means the same in a process with another working directory."""
+    kind, _, rest = spec.partition(":")
+    path = Path(rest).expanduser()
+    return f"{kind}:{path.absolute()}" if kind != "procedural" and path.exists() else spec
+
+
 def existing_folder(text: str) -> Path:
     """Return an absolute folder; raises SourceError when there is none."""
     path = Path(text).expanduser().absolute()
