@@ -13,6 +13,7 @@ from typing import Any
 from prefect import Flow, State
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.schemas.objects import FlowRun
+from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import flow_run
 
 from tasks import tracking
@@ -106,10 +107,10 @@ def close_runs(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
 
     The runner calls it once the flow's process is gone, which may not have had the time to.
     """
-    del flow
     uri = tracking.tracking_uri(data_root(flow_run.parameters.get("data")))
+    log = flow_run_logger(flow_run, flow)
     for run_id in tracking.reconcile(uri):
-        logger.warning("%s: ended MLflow run %s, whose process is gone", state.name, run_id)
+        log.warning("%s: ended MLflow run %s, whose process is gone", state.name, run_id)
 
 
 def publish(key: str, markdown: str) -> None:

@@ -226,7 +226,7 @@ def wait_until_ended(services: Services, flow_run: str, state: str) -> None:
         time.sleep(0.5)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_training_that_is_killed_or_cancelled_leaves_nothing_running(
     services: Services, retrained: dict[str, object], tmp_path: Path
 ) -> None:
