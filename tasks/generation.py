@@ -234,8 +234,8 @@ def surface_cells(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> T
 def read_picture(path: Path, size: int, remover: str | None = None) -> Tensor:
     """Read a picture as a condition: [4, size, size] float32, the object framed.
 
-    The object is where alpha is; a picture without transparent pixels needs `remover`, "rembg".
-    Raises ImageRejectedError for what can't be read or shows no object.
+    The object is where alpha is; only a picture without transparent pixels goes to `remover`,
+    "rembg". Raises ImageRejectedError for what can't be read or shows no object.
     """
     try:
         with Image.open(path) as image:
@@ -243,9 +243,9 @@ def read_picture(path: Path, size: int, remover: str | None = None) -> Tensor:
             rgba = image.convert("RGBA")
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageRejectedError(f"{path} can't be read as a picture: {error}") from error
-    if remover is not None:
-        rgba = remove_background(rgba, remover)
     pixels = np.asarray(rgba)
+    if remover is not None and pixels[..., 3].min() == 255:
+        pixels = np.asarray(remove_background(rgba, remover))
     if pixels[..., 3].min() == 255:
         raise ImageRejectedError(
             f"{path} has no transparent pixel, so where its object is isn't known: give a picture "

@@ -88,6 +88,17 @@ def test_a_missing_background_remover_is_named(tmp_path: Path) -> None:
         read_picture(path, 32, "rembg")
 
 
+def test_alpha_goes_before_the_background_remover(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    pixels = np.full((20, 20, 4), 255, np.uint8)
+    pixels[:, 10:, 3] = 0
+    Image.fromarray(pixels).save(path)
+    assert torch.equal(read_picture(path, 32, "no such remover"), read_picture(path, 32))
+    Image.fromarray(pixels[..., :3]).save(path)
+    with pytest.raises(ImageRejectedError, match="no such remover"):
+        read_picture(path, 32, "no such remover")
+
+
 def test_generation_is_a_function_of_picture_and_seed() -> None:
     preset = load_preset(str(PRESET))
     models = untrained_models(preset, torch.device("cpu"))
