@@ -12,7 +12,6 @@ import igl
 import numpy as np
 from embreex.mesh_construction import TriangleMesh
 from embreex.rtcore_scene import EmbreeScene
-from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
@@ -80,6 +79,15 @@ def visible_samples(
     visible = np.ones(points, bool)
     visible[hidden] = False
     return positions[visible], chosen[visible]
+
+
+def interior_share(vertices: np.ndarray, faces: np.ndarray, points: int, seed: int = 0) -> float:
+    """Return the share of a mesh's area, in [0, 1], that can't be seen from outside.
+
+    To within about 1 / sqrt(points): what `visible_samples` drops. Inner layers and hidden parts
+    make it large.
+    """
+    return 1 - len(visible_samples(vertices, faces, points, seed)[0]) / points
 
 
 def face_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
@@ -189,59 +197,7 @@ def volume_iou(
     union = np.count_nonzero(inside[0] | inside[1])
     if not union:
         raise ValueError(f"neither mesh encloses any of {points} points: close and orient them")
-    return np.count_nonzero(inside[0] & inside[1]) / union
-
-
-def normal_scores(
-    predicted: Surface, reference: Surface, views: int = 22, size: int = 512
-) -> dict[str, float]:
-    """Compare normal pictures from `views` directions around the shape, size pixels a side.
-
-    Normals are in the world's frame, turned towards the camera, and zero where nothing is seen.
-    normal_psnr_db: over pixels that either mesh covers, of colours (n + 1) / 2, peak 1.
-    sharp_normal_error: mean squared length of the normals' difference, in [0, 4], over pixels
-    near edges of the reference's normal picture (Canny's gradient and hysteresis, dilated), as
-    Dora-bench does. Their units aren't published: compare only figures from this function.
-    """
-    from tasks.rendering import orbit_camera, render_normals  # compiles; most scores don't need it
-
-    squared, covered, edge_squared, edges = 0.0, 0, 0.0, 0
-    for direction in fibonacci_sphere(views):
-        azimuth = np.degrees(np.arctan2(direction[2], direction[0]))
-        camera = orbit_camera(azimuth, np.degrees(np.arcsin(direction[1])), focal_mm=50)
-        ours, our_mask = render_normals(*predicted, camera, size)
-        truth, mask = render_normals(*reference, camera, size)
-        difference = ((ours - truth) ** 2).sum(-1)
-        squared += difference[mask | our_mask].sum()
-        covered += int(np.count_nonzero(mask | our_mask))
-        near_edge = sharp_edges(truth) & mask
-        edge_squared += difference[near_edge].sum()
-        edges += int(np.count_nonzero(near_edge))
-    if not covered:
-        raise ValueError("neither mesh is visible: both must lie in [-1, 1]^3")
-    error = squared / covered / 3 / 4  # a channel, and colours have half the normals' range
-    return {
-        "normal_psnr_db": float(-10 * np.log10(max(error, 1e-10))),
-        "sharp_normal_error": float(edge_squared / edges) if edges else 0.0,
-    }
-
-
-def sharp_edges(
-    normals: np.ndarray, low: float = 0.15, high: float = 0.4, dilation: int = 2
-) -> np.ndarray:
-    """Return the mask [H, W] of pixels within `dilation` pixels of an edge of normals [H, W, 3].
-
-    low, high: hysteresis thresholds of the gradient's length a pixel, after a Gaussian of 1 pixel.
-    Without Canny's thinning, which a dilation undoes anyway.
-    """
-    smooth = ndimage.gaussian_filter(normals, (1, 1, 0))
-    gradients = [ndimage.sobel(smooth, axis) / 8 for axis in (0, 1)]
-    strength = np.sqrt(sum((g**2).sum(-1) for g in gradients))
-    labels, count = ndimage.label(strength > low, np.ones((3, 3)))
-    strong = np.zeros(count + 1, bool)
-    strong[np.unique(labels[strength > high])] = True
-    strong[0] = False
-    return ndimage.binary_dilation(strong[labels], np.ones((3, 3)), iterations=dilation)
+    return float(np.count_nonzero(inside[0] & inside[1]) / union)
 
 
 @dataclass(frozen=True)
@@ -271,13 +227,12 @@ def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
     faces = faces.reshape(-1, 3)
     half_edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
     forward = half_edges[:, 0] < half_edges[:, 1]
-    edges, edge, uses = np.unique(
-        np.sort(half_edges, 1), axis=0, return_inverse=True, return_counts=True
-    )
-    balance = np.bincount(edge.reshape(-1), weights=np.where(forward, 1, -1))
-    graph = coo_array(
-        (np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(len(used), len(used))
-    )
+    # One number an edge: rows would take several times as long to sort.
+    low, high = np.sort(half_edges, 1).T
+    edges, edge, uses = np.unique(low * len(used) + high, return_inverse=True, return_counts=True)
+    balance = np.bincount(edge, weights=np.where(forward, 1, -1))
+    ends = np.divmod(edges, len(used))
+    graph = coo_array((np.ones(len(edges)), ends), shape=(len(used), len(used)))
     return Topology(
         watertight=bool((uses == 2).all() and (balance == 0).all()),
         components=int(connected_components(graph, directed=False)[0]),

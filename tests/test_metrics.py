@@ -10,15 +10,15 @@ import trimesh
 from tasks import metrics
 from tasks.metrics import (
     f_score_name,
-    normal_scores,
+    interior_share,
     sample_surface,
     set_scores,
-    sharp_edges,
     surface_scores,
     topology,
     visible_samples,
     volume_iou,
 )
+from tasks.normal_metrics import normal_scores, sharp_edges
 
 
 def sphere(radius: float, subdivisions: int = 5) -> metrics.Surface:
@@ -105,6 +105,8 @@ def test_only_the_outer_of_two_nested_boxes_is_visible() -> None:
     positions, chosen = visible_samples(vertices, faces, 5000, seed=0)
     assert (chosen < 12).all()
     assert len(positions) / 5000 == pytest.approx(0.8, abs=0.005)  # 4 of 5 parts of the area
+    assert interior_share(vertices, faces, 5000) == pytest.approx(0.2, abs=0.005)
+    assert interior_share(*box(0.8), 500) == 0
     # Without its lid the outer box shows the inner one.
     opened = faces[(vertices[faces][:, :, 1] < 0.7).any(1)]
     assert (visible_samples(vertices, opened, 5000, seed=0)[1] >= len(opened) - 12).any()
@@ -141,6 +143,15 @@ def test_normal_scores_rank_a_blurred_edge() -> None:
     blurred = normal_scores((rounded.vertices, rounded.faces), truth, views=4, size=128)
     assert blurred["normal_psnr_db"] < 30
     assert blurred["sharp_normal_error"] > 0.05
+
+
+def test_normal_scores_of_nothing_and_of_turned_faces() -> None:
+    truth = box(0.6)
+    nothing = normal_scores((np.zeros((0, 3)), np.zeros((0, 3), int)), truth, views=3, size=64)
+    assert nothing["sharp_normal_error"] == pytest.approx(1)  # unit normals against none
+    assert nothing["normal_psnr_db"] == pytest.approx(10 * np.log10(12))
+    turned = truth[0], truth[1][:, ::-1]  # how faces are wound makes no difference
+    assert normal_scores(turned, truth, views=3, size=64)["normal_psnr_db"] == pytest.approx(100)
 
 
 def test_edges_are_found_where_normals_break() -> None:
