@@ -5,6 +5,7 @@ watertight surface it learned, the VAE against the original mesh, and the conver
 any network, against the original mesh. Distances are in the [-1, 1] frame.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,11 +29,14 @@ from tasks.generation import (
 from tasks.metrics import (
     Surface,
     f_score_name,
+    interior_share,
     sample_surface,
     set_scores,
     surface_scores,
     topology,
+    volume_iou,
 )
+from tasks.normal_metrics import normal_scores
 from tasks.presets import EvaluationConfig, Preset
 from tasks.rendering import render_geometry
 from tasks.samples import SampleRef
@@ -41,8 +45,11 @@ from tasks.stages import VAEModule, build_module, load_module
 from tasks.storage import open_filesystem
 from tasks.training import autocast
 
+logger = logging.getLogger(__name__)
+
 FIXED_THRESHOLDS = (0.001, 0.005)  # the paper's F-scores
 SET_POINTS = 2048  # of a shape, for comparing sets
+INTERIOR_POINTS = 4096  # give the share of hidden area to a hundredth or two
 Progress = Callable[[int, int, str], None]
 
 
@@ -89,6 +96,36 @@ def score_pair(
     return voxel_scores(prefix, scores, resolution)
 
 
+def shape_scores(
+    prefix: str, result: Surface, watertight: Surface, config: EvaluationConfig
+) -> dict[str, float]:
+    """Score a mesh as a whole against its watertight target: volume, normals, topology.
+
+    empty: 1 where there is no mesh, which then has no distances, components and so on: the mean of
+    this one says how many assets the other means leave out. volume_iou: 0 for an empty mesh; it is
+    left out where either mesh is open, as `watertight` says of the result.
+    """
+    found = topology(*result)
+    empty = found.components == 0
+    scores = {
+        "empty": float(empty),
+        "watertight": float(found.watertight),
+        **normal_scores(result, watertight, size=config.normal_size),
+    }
+    if not empty:
+        scores["components"] = float(found.components)
+        scores["euler_number"] = float(found.euler_number)
+        scores["interior_area_share"] = interior_share(*result, INTERIOR_POINTS)
+    if (empty or found.watertight) and topology(*watertight).watertight:
+        try:
+            iou = 0.0 if empty else volume_iou(result, watertight, config.points)
+        except ValueError as error:
+            logger.warning("%s: no volume IoU of this asset: %s", prefix, error)
+        else:
+            scores["volume_iou"] = iou
+    return {f"{prefix}/{name}": value for name, value in scores.items()}
+
+
 def watertight_surface(sdf: SparseSDF) -> Surface:
     """Return the surface of a stored field, the mesh that the VAE is to reproduce."""
     vertices, faces = marching_cubes(
@@ -131,6 +168,7 @@ def evaluate_reconstruction(
         r = sample.resolution
         scores = {
             **score_pair("reconstruction", result, watertight, r, config),
+            **shape_scores("reconstruction", result, watertight, config),
             **score_pair("reconstruction_original", result, original, r, config, True),
             **score_pair("conversion", watertight, original, r, config, True),
         }
@@ -164,7 +202,10 @@ def evaluate_generation(
         rgba = torch.tensor(image).permute(2, 0, 1).float() / 255
         (shape,) = generate(models, rgba[None], seed)
         watertight, result = watertight_surface(sdf), (shape.vertices, shape.faces)
-        scores = score_pair("generation", result, watertight, sample.resolution, config)
+        scores = {
+            **score_pair("generation", result, watertight, sample.resolution, config),
+            **shape_scores("generation", result, watertight, config),
+        }
         scores["generation/latent_voxels"] = float(shape.latent_voxels[min(shape.latent_voxels)])
         shown = {"watertight": watertight, "generated": result}
         scored = _scored(sample, scores, shown, config)
@@ -181,10 +222,6 @@ def _scored(
     shown: dict[str, Surface],
     config: EvaluationConfig,
 ) -> Scored:
-    last = list(shown)[-1]
-    found = topology(*shown[last])
-    scores[f"{last}/watertight"] = float(found.watertight)
-    scores[f"{last}/components"] = float(found.components)
     pictures = {
         label: render_geometry(*surface, config.picture_size) for label, surface in shown.items()
     }

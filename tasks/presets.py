@@ -65,11 +65,16 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """points: sampled on a surface. assets: most assets scored. picture_size: pixels of a side."""
+    """How models are scored.
+
+    points: sampled on a surface, and in a volume. assets: most assets scored. picture_size: pixels
+    of a side of what people see; normal_size: of the normal pictures that are scored.
+    """
 
     points: int = 100_000
     assets: int = 64
     picture_size: int = 256
+    normal_size: int = 512
 
 
 @dataclass(frozen=True)
