@@ -73,18 +73,16 @@ def tracked(
     """Open the one MLflow run of a flow, and a Ray session for its work.
 
     It ends FINISHED, FAILED on an exception, KILLED on a cancellation. Flows called inside become
-    its children. resume: continue the unfinished run of that name, if there is one.
+    its children. resume: continue the unfinished run of that name, if there is one;
+    the name must then stand for data and configuration. Raises RunBusyError when it is at work.
     """
     uri = tracking.tracking_uri(data)
     parent = _parent.get()
     tags = {"prefect.flow_run_id": flow_run.id, "prefect.flow_run_name": flow_run.name}
-    run = None
-    if resume and (found := tracking.find_run(experiment, name, uri)):
-        candidate = tracking.attach(found, uri)
-        if candidate.status() != "FINISHED":
-            run = tracking.attach(found, uri, take_over=True)
-            logger.info("continuing MLflow run %s (%s)", name, found)
-    if run is None:
+    run = tracking.resume_run(experiment, name, uri) if resume else None
+    if run is not None:
+        logger.info("continuing MLflow run %s (%s)", name, run.run_id)
+    else:
         run = tracking.start_run(
             experiment, name, uri, params, tags, parent.run if parent else None
         )

@@ -43,6 +43,12 @@ for _name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics"):
 DIGEST_CHARACTERS = 36  # what MLflow stores of a dataset's digest
 PARAMS_A_BATCH = 100
 
+logger = logging.getLogger(__name__)
+
+
+class RunBusyError(RuntimeError):
+    """A run that was to be resumed is another process's, which is alive."""
+
 
 def tracking_uri(data: Path | str) -> str:
     """Return the store of a data folder: MLFLOW_TRACKING_URI, else SQLite in that folder."""
@@ -250,11 +256,8 @@ def start_run(
     Tags say who runs it (host, pid, start of the process), the commit, and the parent run.
     """
     reconcile(uri)
-    process = psutil.Process()
     all_tags = {
-        "host": socket.gethostname(),
-        "pid": process.pid,
-        "process_start": process.create_time(),
+        **_process_tags(),
         "mlflow.user": getpass.getuser(),
         "mlflow.source.name": experiment,
         "mlflow.source.git.commit": git_commit(),
@@ -270,35 +273,49 @@ def start_run(
     return run
 
 
-def attach(run_id: str, uri: str, take_over: bool = False) -> Run:
-    """Return a run that exists, knowing what it has logged, to add to it from this process.
-
-    take_over: a resumed training makes the run its own: RUNNING again, with this process's tags.
-    """
-    client = _client(uri)
-    found = client.get_run(run_id)
+def attach(run_id: str, uri: str) -> Run:
+    """Return a run that exists, knowing what it has logged, to add to it from this process."""
+    found = _client(uri).get_run(run_id)
     # Public calls give a metric's last value without its step, or its whole history.
     last_steps = {metric.key: metric.step for metric in found.data._metric_objs}
-    run = Run(run_id, found.info.experiment_id, uri, last_steps)
-    if take_over:
-        process = psutil.Process()
-        client.update_run(run_id, status="RUNNING")
-        start = process.create_time()
-        run.set_tags({"host": socket.gethostname(), "pid": process.pid, "process_start": start})
+    return Run(run_id, found.info.experiment_id, uri, last_steps)
+
+
+def resume_run(experiment: str, name: str, uri: str) -> Run | None:
+    """Make the newest run of that name this process's own, RUNNING again; None if it finished.
+
+    None too where there is no such run. Raises RunBusyError when its process is alive on this host;
+    a run of another host is taken over, since nobody here can tell.
+    """
+    client = _client(uri)
+    known = client.get_experiment_by_name(experiment)
+    if known is None:
+        return None
+    quoted = name.replace("'", "''")
+    filters = f"attributes.run_name = '{quoted}'"
+    runs = client.search_runs([known.experiment_id], filters, max_results=1)
+    if not runs or runs[0].info.status == "FINISHED":
+        return None
+    tags, run_id = runs[0].data.tags, runs[0].info.run_id
+    here = tags.get("host") == socket.gethostname() and "process_start" in tags
+    if runs[0].info.status == "RUNNING":
+        if here and _is_alive(int(tags["pid"]), float(tags["process_start"])):
+            raise RunBusyError(
+                f"MLflow run {name} ({run_id}) of {experiment} is at work in process "
+                f"{tags['pid']} on this machine: wait for it to end, or stop it, then start again"
+            )
+        if not here:
+            logger.warning("taking over run %s (%s), begun on %s", name, run_id, tags.get("host"))
+    client.update_run(run_id, status="RUNNING")
+    run = attach(run_id, uri)
+    run.set_tags(_process_tags())
     return run
 
 
-def find_run(experiment: str, name: str, uri: str) -> str | None:
-    """Return the id of the newest run of that name, for a training that resumes; None if none."""
-    client = _client(uri)
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        return None
-    quoted = name.replace("'", "''")
-    runs = client.search_runs(
-        [found.experiment_id], f"attributes.run_name = '{quoted}'", max_results=1
-    )
-    return str(runs[0].info.run_id) if runs else None
+def _process_tags() -> dict[str, object]:
+    process = psutil.Process()
+    start = process.create_time()
+    return {"host": socket.gethostname(), "pid": process.pid, "process_start": start}
 
 
 def reconcile(uri: str) -> list[str]:

@@ -18,7 +18,15 @@ from PIL import Image
 from pydantic import BaseModel
 
 from tasks import tracking
-from tasks.tracking import Run, attach, reconcile, resolve_model, start_run
+from tasks.tracking import (
+    Run,
+    RunBusyError,
+    attach,
+    reconcile,
+    resolve_model,
+    resume_run,
+    start_run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +151,10 @@ def test_kill_reconcile_resume_without_a_step_twice(uri: str) -> None:
     assert reconcile(uri) == []
 
     # The checkpoint was of step 2: steps 2 and 3 are trained again.
-    assert tracking.find_run("train", "killed", uri) == run_id
-    assert tracking.find_run("train", "other", uri) is None
-    assert tracking.find_run("other", "killed", uri) is None
-    resumed = attach(run_id, uri, take_over=True)
+    assert resume_run("train", "other", uri) is None
+    assert resume_run("other", "killed", uri) is None
+    resumed = resume_run("train", "killed", uri)
+    assert resumed.run_id == run_id
     assert resumed.last_steps == {"loss": 3, "rate": 3}
     assert reconcile(uri) == []  # it is this process's now
     for step in range(2, 6):
@@ -155,6 +163,29 @@ def test_kill_reconcile_resume_without_a_step_twice(uri: str) -> None:
     assert [step for step, _ in history(resumed, "new")] == [2, 3, 4, 5]
     resumed.end()
     assert resumed.status() == "FINISHED"
+    assert resume_run("train", "killed", uri) is None  # nothing is left to do
+
+
+def test_a_run_at_work_is_not_taken_over(uri: str, caplog) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, uri, pickle.dumps(start_run("e", "r", uri)).hex()],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    run_id = process.stdout.readline().strip()
+    with pytest.raises(RunBusyError, match=rf"killed \({run_id}\).* process {process.pid}.*stop"):
+        resume_run("train", "killed", uri)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert resume_run("train", "killed", uri).run_id == run_id
+
+    # Of another host nobody here can tell: its machine may be the one that is gone.
+    attach(run_id, uri).set_tags({"host": "another"})
+    assert resume_run("train", "killed", uri).run_id == run_id
+    assert "begun on another" in caplog.text
+    with pytest.raises(RunBusyError, match=f"process {os.getpid()}"):
+        resume_run("train", "killed", uri)  # this process's own by now
 
 
 def test_runs_of_another_host_or_a_reused_pid(uri: str) -> None:
