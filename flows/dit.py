@@ -12,11 +12,12 @@ from flows.stages import Means, train_stage
 from tasks import models, tracking
 from tasks.catalogue import DatasetVersion, open_version
 from tasks.dataset import log_dataset, samples_of
-from tasks.encoding import encode, latent_set_digest, structure_resolution
-from tasks.generation import stages_of
-from tasks.latents import open_latents
-from tasks.presets import Preset, load_preset
-from tasks.ray_training import TrainingJob
+from tasks.encoding import encode, open_encoded, structure_resolution
+from tasks.latents import LatentSet
+from tasks.model_files import ModelFiles
+from tasks.presets import Preset, config_digest, load_preset
+from tasks.ray_training import TrainingJob, stage_digest
+from tasks.tracking import ModelVersion
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,8 @@ def train_dit(
         preset: tiny, small, paper, or the path of a .toml file.
         data: data folder, or an address such as s3://bucket/folder.
         version: dataset version to train on, a number; None takes the newest.
-        vae: registered VAE whose latents to learn, such as gigashape-vae@champion; None takes the
-            champion.
+        vae: registered VAE whose latents to learn, such as gigashape-tiny-vae@champion; None takes
+            the preset's champion.
         workers: processes that train together, a GPU each where there are GPUs.
         fresh: train from the start, even where this was done or begun before.
         training_dir: folder for checkpoints, on storage that all workers see; None takes `training`
@@ -58,9 +59,12 @@ def train_dit(
         raise ValueError(f'stages {unknown} are not in preset "{sizes.name}": take of {known}')
     dataset = open_version(data, version)
     means = Means(workers, fresh, training_dir)
+    # What stages need is looked for before any of them trains for hours.
+    autoencoder, latents = _open_latents(sizes, dataset, wanted, vae)
+    done = _begun(sizes, wanted, tracking.tracking_uri(data))
     params = {"preset": sizes, "dataset": dataset.name, "stages": wanted}
-    name = f"{'+'.join(wanted)}-{dataset.name}"
-    with tracked("train-dit", name, data, params, resume=True) as tracking_run:
+    name = _run_name(sizes, dataset, wanted, autoencoder)
+    with tracked("train-dit", name, data, params, resume=not fresh) as tracking_run:
         log_dataset(tracking_run.run, dataset, "training")
         tracking_run.run.set_tags({"image_encoder": sizes.encoder.kind})
         if sizes.encoder.kind == "small-vit":
@@ -69,63 +73,84 @@ def train_dit(
                 "and knows these assets' pictures alone",
                 sizes.name,
             )
-        done = {}
         for stage in wanted:
             if stage == "structure":
                 done[stage] = _train_structure(sizes, dataset, tracking_run, means)
             else:
-                done[stage] = _train_sparse(stage, sizes, dataset, tracking_run, means, vae, done)
-        return list(done.values())
+                assert autoencoder is not None
+                below = sizes.training[stage].start_from
+                start = models.model_files(done[below], tracking_run.run.uri) if below else None
+                job = _flow_job(stage, sizes, dataset, latents[stage], autoencoder, start)
+                done[stage] = train_stage(job, tracking_run, means, _tags(dataset, autoencoder))
+        return [models.reference(done[stage]) for stage in wanted]
+
+
+def _open_latents(
+    preset: Preset, dataset: DatasetVersion, stages: list[str], vae: str | None
+) -> tuple[ModelFiles | None, dict[str, LatentSet]]:
+    """Return the VAE behind the SS-DiT stages, and their latents by stage.
+
+    Raises LookupError without the VAE, LatentsError without latents.
+    """
+    sparse = [stage for stage in stages if stage != "structure"]
+    if not sparse:
+        return None, {}
+    uri = tracking.tracking_uri(dataset.root)
+    autoencoder = models.model_files(models.resolve_vae(preset, uri, vae), uri)
+    resolutions = {stage: int(stage.removeprefix("dit-")) for stage in sparse}
+    return autoencoder, {s: open_encoded(dataset, autoencoder, r) for s, r in resolutions.items()}
+
+
+def _run_name(
+    preset: Preset, dataset: DatasetVersion, stages: list[str], autoencoder: ModelFiles | None
+) -> str:
+    """Return what names the MLflow run: stages, data and all configuration that counts."""
+    trained = ["structure-vae", *stages] if "structure" in stages else stages
+    digests = [stage_digest(preset, stage) for stage in trained]
+    weights = autoencoder.weights if autoencoder else ""
+    return f"{'+'.join(stages)}-{dataset.name}-{config_digest(*digests, weights)}"
 
 
 def _train_structure(
     preset: Preset, dataset: DatasetVersion, tracked: Tracked, means: Means
-) -> str:
-    """Train the occupancy VAE and the transformer over its latents; return NAME/VERSION."""
+) -> ModelVersion:
+    """Train the occupancy VAE and the transformer over its latents; return the latter."""
     samples = tuple(samples_of(dataset))
-    tags = {"dataset": dataset.name, "dataset_digest": dataset.digest}
     provenance = {"dataset": dataset.digest}
     job = TrainingJob(
         "structure-vae", preset, dataset.root, samples, dataset.digest, provenance=provenance
     )
-    autoencoder = models.reference(train_stage(job, tracked, means, tags))
+    trained = train_stage(job, tracked, means, _tags(dataset))
+    autoencoder = models.model_files(trained, tracked.run.uri)
     with Progress("encode-structure", "asset") as bar:
-        resolution = structure_resolution(preset)
-        latents = encode(dataset, autoencoder, resolution, tracked.run.uri, bar.update)
-    job = TrainingJob(
-        "structure",
-        preset,
-        dataset.root,
-        latents.samples,
-        latents.digest,
-        latents,
-        provenance=provenance,
-        autoencoder=tracking.download_model(autoencoder, tracked.run.uri),
-    )
-    tags |= {"autoencoder": autoencoder}
-    return models.reference(train_stage(job, tracked, means, tags))
+        latents = encode(dataset, autoencoder, structure_resolution(preset), bar.update)
+    job = _flow_job("structure", preset, dataset, latents, autoencoder)
+    return train_stage(job, tracked, means, _tags(dataset, autoencoder))
 
 
-def _train_sparse(
+def _begun(preset: Preset, stages: list[str], uri: str) -> dict[str, ModelVersion]:
+    """Return the challengers that stages start from, of stages not trained before them here.
+
+    Raises LookupError when one is missing.
+    """
+    begun = {}
+    for number, stage in enumerate(stages):
+        below = preset.training[stage].start_from
+        if below and below not in stages[:number]:
+            challenger = f"{models.model_name(preset, below)}@{models.CHALLENGER}"
+            begun[below] = tracking.resolve_model(challenger, uri)
+    return begun
+
+
+def _flow_job(
     stage: str,
     preset: Preset,
     dataset: DatasetVersion,
-    tracked: Tracked,
-    means: Means,
-    vae: str | None,
-    done: dict[str, str],
-) -> str:
-    """Train one SS-DiT stage; `done` names those trained before it. Return NAME/VERSION."""
-    uri = tracked.run.uri
-    wanted = vae or f"{models.model_name(stages_of(preset)[0])}@{models.CHAMPION}"
-    autoencoder = models.reference(tracking.resolve_model(wanted, uri))
-    resolution = int(stage.removeprefix("dit-"))
-    latents = open_latents(dataset.root, latent_set_digest(dataset, autoencoder, resolution))
-    start = None
-    if below := preset.training[stage].start_from:
-        newest = done.get(below) or f"{models.model_name(below)}@{models.CHALLENGER}"
-        start = tracking.download_model(newest, uri)
-    job = TrainingJob(
+    latents: LatentSet,
+    autoencoder: ModelFiles,
+    start: ModelFiles | None = None,
+) -> TrainingJob:
+    return TrainingJob(
         stage,
         preset,
         dataset.root,
@@ -133,12 +158,11 @@ def _train_sparse(
         latents.digest,
         latents,
         start,
-        {"dataset": dataset.digest, "autoencoder": autoencoder},
-        tracking.download_model(autoencoder, uri),
+        {"dataset": dataset.digest, "autoencoder": autoencoder.weights},
+        autoencoder,
     )
-    tags = {
-        "dataset": dataset.name,
-        "dataset_digest": dataset.digest,
-        "autoencoder": autoencoder,
-    }
-    return models.reference(train_stage(job, tracked, means, tags))
+
+
+def _tags(dataset: DatasetVersion, autoencoder: ModelFiles | None = None) -> dict[str, str]:
+    tags = {"dataset": dataset.name, "dataset_digest": dataset.digest}
+    return tags | ({"autoencoder": autoencoder.reference} if autoencoder else {})

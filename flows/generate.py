@@ -17,6 +17,7 @@ from flows.run import close_runs, data_root, log_meshes, markdown_table, publish
 from tasks import models, tracking
 from tasks.generation import Shape, load_models, read_picture
 from tasks.generation import generate as generate_shapes
+from tasks.model_files import ModelFiles
 from tasks.pictures import contact_sheet, save_glb
 from tasks.presets import Preset, load_preset
 from tasks.rendering import render_geometry
@@ -79,9 +80,9 @@ def generate(
     folder.mkdir(parents=True, exist_ok=True)
     with tracked("generate", names[0], data, params) as tracking_run:
         run = tracking_run.run
-        folders = models.download(chosen, uri)
+        files = {stage: models.model_files(v, uri) for stage, v in chosen.items()}
         with Progress("generate", "picture") as bar:
-            shapes = call_on_worker(_generate, folders, sizes, pixels, seed, update=bar.update)
+            shapes = call_on_worker(_generate, files, sizes, pixels, seed, update=bar.update)
         results, rows = [], []
         for name, image, rgba, shape in zip(names, images, pixels, shapes, strict=True):
             condition = np.round(rgba.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
@@ -119,7 +120,7 @@ def generate(
 
 
 def _generate(
-    folders: dict[str, Path],
+    files: dict[str, ModelFiles],
     preset: Preset,
     pixels: torch.Tensor,
     seed: int,
@@ -127,6 +128,7 @@ def _generate(
     progress: Update,
 ) -> Sequence[Shape]:
     """Generate one picture at a time: peak memory is that of one."""
+    folders = {stage: model.folder() for stage, model in files.items()}
     loaded = load_models(folders, preset, device)
     shapes: list[Shape] = []
     for number, rgba in enumerate(pixels):

@@ -12,7 +12,6 @@ from tasks import models, tracking
 from tasks.catalogue import open_version
 from tasks.dataset import log_dataset
 from tasks.encoding import encode
-from tasks.generation import stages_of
 from tasks.presets import load_preset
 
 logger = logging.getLogger(__name__)
@@ -34,23 +33,22 @@ def encode_latents(
         preset: tiny, small, paper, or the path of a .toml file.
         data: data folder, or an address such as s3://bucket/folder.
         version: dataset version to encode, a number; None takes the newest.
-        vae: registered VAE, such as gigashape-vae@champion or gigashape-vae/3; None takes the
-            champion.
+        vae: registered VAE, such as gigashape-tiny-vae@champion or gigashape-tiny-vae/3; None takes
+            the preset's champion.
     """
     data = data_root(data)
     sizes = load_preset(preset)
     dataset = open_version(data, version)
     uri = tracking.tracking_uri(data)
-    wanted = vae or f"{models.model_name(stages_of(sizes)[0])}@{models.CHAMPION}"
-    autoencoder = models.reference(tracking.resolve_model(wanted, uri))
-    params = {"preset": sizes.name, "dataset": dataset.name, "vae": autoencoder}
+    autoencoder = models.model_files(models.resolve_vae(sizes, uri, vae), uri)
+    params = {"preset": sizes.name, "dataset": dataset.name, "vae": autoencoder.reference}
     with tracked("encode-latents", f"latents-{dataset.name}", data, params) as tracking_run:
         log_dataset(tracking_run.run, dataset, "encoding")
         rows = []
         for stage in sizes.dit_stages():
             resolution = int(stage.removeprefix("dit-"))
             with Progress(f"encode-{resolution}", "asset") as bar:
-                latents = encode(dataset, autoencoder, resolution, uri, bar.update)
+                latents = encode(dataset, autoencoder, resolution, bar.update)
             tokens = [sample.tokens for sample in latents.samples]
             rows.append(
                 {
@@ -67,4 +65,4 @@ def encode_latents(
             tracking_run.run.log_metrics({f"{k}/{resolution}": v for k, v in metrics.items()})
         tracking_run.run.log_table(rows, "latents")
         publish("latents", markdown_table(rows))
-    return autoencoder
+    return autoencoder.reference

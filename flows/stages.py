@@ -30,6 +30,20 @@ class Means:
     training_dir: str | None
 
 
+def on_gpus(workers: int) -> bool:
+    """Tell whether workers train on GPUs, one each, which is where the cluster has any.
+
+    Raises ValueError when it has some, but too few: a CPU would be silently slow.
+    """
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if 0 < gpus < workers:
+        raise ValueError(
+            f"workers is {workers}, but Ray has {gpus} GPU(s), and each worker takes one: "
+            f"take at most {gpus}"
+        )
+    return gpus > 0
+
+
 def train_stage(
     job: TrainingJob, tracked: Tracked, means: Means, tags: dict[str, str]
 ) -> ModelVersion:
@@ -37,7 +51,9 @@ def train_stage(
     run = tracked.run
     if means.training_dir:
         job = replace(job, training_dir=Path(means.training_dir).resolve())
-    found = None if means.fresh else models.registered(job.stage, job.run_name, run.uri)
+    found = None
+    if not means.fresh:
+        found = models.registered(job.preset, job.stage, job.run_name, run.uri)
     if found is not None and found.tags["finished"] == "True":
         logger.info(
             "%s: data and configuration are those of %s, so it is not trained again",
@@ -46,21 +62,21 @@ def train_stage(
         )
         return found
     config = job.preset.training[job.stage]
+    use_gpu = on_gpus(means.workers)
     with Progress(job.stage, "step") as bar, watched(bar.update) as writer:
         report = partial(MLflowReport, run.run_id, run.uri, job.stage, config.steps, writer)
-        use_gpu = ray.cluster_resources().get("GPU", 0) >= means.workers
         result = train_on_ray(job, report, means.workers, use_gpu, fresh=means.fresh)
     if not result.finished:
         logger.warning(
             "%s: stopped by max_minutes at step %d of %d", job.stage, result.step, config.steps
         )
     version = models.register(
+        job.preset,
         job.stage,
         result.checkpoint,
         run,
         {
             "training_run": job.run_name,
-            "preset": job.preset.name,
             "step": result.step,
             "finished": result.finished,
             **tags,

@@ -7,11 +7,12 @@ from pydantic import Field
 
 from flows.run import close_runs, data_root, tracked
 from flows.stages import Means, train_stage
-from tasks import models, tracking
+from tasks import models
 from tasks.catalogue import open_version
 from tasks.dataset import log_dataset, samples_of
-from tasks.presets import load_preset
-from tasks.ray_training import TrainingJob
+from tasks.model_files import ModelFiles
+from tasks.presets import config_digest, load_preset
+from tasks.ray_training import TrainingJob, stage_digest
 
 
 @flow(name="train-vae", on_cancellation=[close_runs], on_crashed=[close_runs])
@@ -44,22 +45,22 @@ def train_vae(
     stages = [name for name in sizes.training if name.startswith("vae")]
     means = Means(workers, fresh, training_dir)
     params = {"preset": sizes, "dataset": dataset.name}
-    with tracked("train-vae", f"vae-{dataset.name}", data, params, resume=True) as tracking_run:
+    name = f"vae-{dataset.name}-{config_digest(*[stage_digest(sizes, s) for s in stages])}"
+    with tracked("train-vae", name, data, params, resume=not fresh) as tracking_run:
         run = tracking_run.run
         log_dataset(run, dataset, "training")
-        done = None
+        done: ModelFiles | None = None
         for stage in stages:
-            begins = sizes.training[stage].start_from != ""
             job = TrainingJob(
                 stage,
                 sizes,
                 data,
                 samples,
                 dataset.digest,
-                start=tracking.download_model(done, run.uri) if begins and done else None,
+                start=done if sizes.training[stage].start_from else None,
                 provenance={"dataset": dataset.digest},
             )
             tags = {"dataset": dataset.name, "dataset_digest": dataset.digest}
-            done = models.reference(train_stage(job, tracking_run, means, tags))
+            done = models.model_files(train_stage(job, tracking_run, means, tags), run.uri)
         assert done is not None
-        return done
+        return done.reference

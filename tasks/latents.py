@@ -76,7 +76,7 @@ def encode_latents(
     if filesystem.get_file_info(index).type == fs.FileType.File:
         found = open_latents(root, digest)
         if [s.asset_id for s in found.samples] == [s.asset_id for s in samples]:
-            return found
+            return place_views(found, samples, root)
     encoded: list[SampleRef] = []
     count, first, second = 0, np.zeros(1), np.zeros(1)  # rows, sum and sum of squares
     for start in range(0, len(samples), PART_SAMPLES):
@@ -95,8 +95,7 @@ def encode_latents(
             progress(len(encoded), len(samples))
     average = first / count
     scale = np.sqrt(np.maximum(second / count - average**2, 1e-12))
-    metadata = {"mean": json.dumps(average.tolist()), "scale": json.dumps(scale.tolist())}
-    write_index(filesystem, index, encoded, metadata)
+    _write_index(filesystem, index, encoded, average, scale)
     return open_latents(root, digest)
 
 
@@ -112,6 +111,39 @@ def open_latents(root: str | Path, digest: str) -> LatentSet:
         ) from error
     mean, scale = (np.array(json.loads(metadata[k]), np.float32) for k in ("mean", "scale"))
     return LatentSet(digest, tuple(samples), mean, scale)
+
+
+def place_views(found: LatentSet, samples: Sequence[SampleRef], root: str | Path) -> LatentSet:
+    """Return a set whose pictures are where `samples` have them; its index is put right.
+
+    A shard that is rebuilt has the same content at another place. samples: of the dataset version,
+    in the set's order. Raises LatentsError for other assets than the set's.
+    """
+    if [s.asset_id for s in found.samples] != [s.asset_id for s in samples]:
+        raise LatentsError(
+            f"latents/{found.digest} has {len(found.samples)} samples and the dataset version "
+            f"{len(samples)}, or in another order: run encode-latents for this dataset version"
+        )
+    placed = tuple(
+        replace(latent, views_path=sample.views_path, views_row_group=sample.views_row_group)
+        for latent, sample in zip(found.samples, samples, strict=True)
+    )
+    if placed != found.samples:
+        filesystem, base = open_filesystem(root)
+        path = f"{base}/latents/{found.digest}/index.parquet"
+        _write_index(filesystem, path, placed, found.mean, found.scale)
+    return replace(found, samples=placed)
+
+
+def _write_index(
+    filesystem: fs.FileSystem,
+    path: str,
+    samples: Sequence[SampleRef],
+    mean: np.ndarray,
+    scale: np.ndarray,
+) -> None:
+    metadata = {"mean": json.dumps(mean.tolist()), "scale": json.dumps(scale.tolist())}
+    write_index(filesystem, path, samples, metadata)
 
 
 def _assets(filesystem: fs.FileSystem, path: str) -> list[str]:

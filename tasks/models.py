@@ -1,18 +1,21 @@
 """Trained stages as registered models: what is stored, how they are found, what fits together.
 
 A model's files are a checkpoint's averaged weights and configuration, which suffice to load it. It
-is named `gigashape-<stage>`, and its tags say what it comes from: dataset version, training run,
-preset, and the version of the autoencoder whose latents it learned.
+is named `gigashape-<preset>-<stage>`, and its tags say what it comes from: dataset version,
+training run, configuration, the SHA-256 of its weights, and the version of the autoencoder whose
+latents it learned.
 """
 
 import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from tasks import checkpoint, tracking
 from tasks.generation import stages_of
+from tasks.model_files import ModelFiles
 from tasks.presets import Preset
 from tasks.tracking import ModelVersion, Run
 
@@ -23,30 +26,38 @@ class ModelMismatchError(ValueError):
     """Registered models that don't fit together, or don't fit the preset."""
 
 
-def model_name(stage: str) -> str:
-    """Return the registered name of a stage."""
-    return f"gigashape-{stage}"
+def model_name(preset: Preset, stage: str) -> str:
+    """Return the registered name of a preset's stage."""
+    return f"gigashape-{preset.name}-{stage}"
 
 
 def register(
-    stage: str, checkpoint_folder: Path, run: Run, tags: Mapping[str, object]
+    preset: Preset, stage: str, checkpoint_folder: Path, run: Run, tags: Mapping[str, object]
 ) -> ModelVersion:
     """Register a stage's averaged weights as a challenger; as champion too if there is none yet."""
     found = checkpoint.load(checkpoint_folder)
-    name = model_name(stage)
+    name = model_name(preset, stage)
     first = not tracking.model_versions(name, run.uri)
+    weights = found.state["files"]["ema.safetensors"]
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(found.path / "ema.safetensors", folder)
-        files = {"ema.safetensors": found.state["files"]["ema.safetensors"]}
-        state = json.dumps(found.state | {"files": files}, indent=1)
-        (Path(folder) / "state.json").write_text(state)
+        state = found.state | {"files": {"ema.safetensors": weights}}
+        (Path(folder) / "state.json").write_text(json.dumps(state, indent=1))
+        own = {
+            "stage": stage,
+            "weights": weights,
+            "model_config": json.dumps(found.state["description"]["model"]),
+        }
         aliases = (CHALLENGER, CHAMPION) if first else (CHALLENGER,)
-        return tracking.register_model(name, Path(folder), run, tags, aliases)
+        return tracking.register_model(name, Path(folder), run, {**tags, **own}, aliases)
 
 
-def registered(stage: str, training_run: str, uri: str) -> ModelVersion | None:
-    """Return the version that a training run was registered as; None when it wasn't."""
-    versions = tracking.model_versions(model_name(stage), uri)
+def registered(preset: Preset, stage: str, training_run: str, uri: str) -> ModelVersion | None:
+    """Return the newest version that a training run was registered as; None when it wasn't.
+
+    A run has several where max_minutes stopped it before its end.
+    """
+    versions = reversed(tracking.model_versions(model_name(preset, stage), uri))
     return next((v for v in versions if v.tags.get("training_run") == training_run), None)
 
 
@@ -55,14 +66,76 @@ def reference(version: ModelVersion) -> str:
     return f"{version.name}/{version.version}"
 
 
-def resolve_set(preset: Preset, uri: str, alias: str = CHAMPION) -> dict[str, ModelVersion]:
+def model_files(version: ModelVersion, uri: str) -> ModelFiles:
+    """Return what work on another machine needs to load a version."""
+    if "weights" not in version.tags:
+        raise ModelMismatchError(
+            f'{reference(version)} has no tag "weights", so it was not registered by a training '
+            "of this version of gigashape: name one that was"
+        )
+    return ModelFiles(reference(version), version.tags["weights"], uri)
+
+
+def resolve_vae(preset: Preset, uri: str, vae: str | None) -> ModelVersion:
+    """Return the registered VAE that `vae` names, or else the preset's champion.
+
+    Raises LookupError when there is none, ModelMismatchError when it is no VAE of this preset's
+    sizes. The weights of its losses may be others.
+    """
+    wanted = vae or f"{model_name(preset, stages_of(preset)[0])}@{CHAMPION}"
+    version = tracking.resolve_model(wanted, uri)
+    stage = version.tags.get("stage", "")
+    if not stage.startswith("vae"):
+        raise ModelMismatchError(f'{reference(version)} is of stage "{stage}": name a VAE')
+    there = json.loads(version.tags["model_config"])
+    differences = [
+        f"{key} {there.get(key)} (preset: {value})"
+        for key, value in asdict(preset.vae).items()
+        if not key.startswith("lambda_") and there.get(key) != value
+    ]
+    if differences:
+        raise ModelMismatchError(
+            f'{reference(version)} does not fit preset "{preset.name}": it has '
+            f"{', '.join(differences)}; pass the preset it was trained with, or a VAE of this one"
+        )
+    return version
+
+
+def resolve_candidates(
+    preset: Preset, references: Sequence[str], uri: str
+) -> dict[str, ModelVersion]:
+    """Return models of a preset, by stage, from NAME/VERSION or NAME@ALIAS.
+
+    Raises LookupError when one is missing, ModelMismatchError when one is not of this preset.
+    """
+    stages = {model_name(preset, stage): stage for stage in preset.training}
+    versions = [tracking.resolve_model(wanted, uri) for wanted in references]
+    if other := [reference(v) for v in versions if v.name not in stages]:
+        raise ModelMismatchError(
+            f'{other} are not of preset "{preset.name}", whose models are {sorted(stages)}'
+        )
+    return {stages[version.name]: version for version in versions}
+
+
+def resolve_set(
+    preset: Preset,
+    uri: str,
+    alias: str = CHAMPION,
+    candidates: Mapping[str, ModelVersion] | None = None,
+) -> dict[str, ModelVersion]:
     """Return the versions that generate together, by stage.
 
-    The transformers are those with the alias; each brings the autoencoder whose latents it learned.
-    Raises LookupError when one is missing, ModelMismatchError when they don't fit together.
+    The transformers are those with the alias, or the candidates where there are; each brings the
+    autoencoder whose latents it learned. Raises LookupError when one is missing,
+    ModelMismatchError when they don't fit together.
     """
     vae, structure_vae, *transformers = stages_of(preset)
-    chosen = {s: tracking.resolve_model(f"{model_name(s)}@{alias}", uri) for s in transformers}
+    candidates = candidates or {}
+    chosen = {
+        stage: candidates.get(stage)
+        or tracking.resolve_model(f"{model_name(preset, stage)}@{alias}", uri)
+        for stage in transformers
+    }
     autoencoders = {
         vae: {chosen[s].tags["autoencoder"] for s in transformers if s != "structure"},
         structure_vae: {chosen["structure"].tags["autoencoder"]},
@@ -75,13 +148,6 @@ def resolve_set(preset: Preset, uri: str, alias: str = CHAMPION) -> dict[str, Mo
                 "versions that share one"
             )
         chosen[stage] = tracking.resolve_model(references.pop(), uri)
-    for stage, version in chosen.items():
-        if version.tags["preset"] != preset.name:
-            raise ModelMismatchError(
-                f"{reference(version)} ({stage}) was trained with the preset "
-                f'"{version.tags["preset"]}", not "{preset.name}": pass the preset it was '
-                "trained with"
-            )
     return chosen
 
 
@@ -106,8 +172,3 @@ def promote_if_better(
     for version in challengers:
         tracking.set_alias(version.name, CHAMPION, version.version, uri)
     return f"{names}: promoted to champion: {comparison}"
-
-
-def download(versions: Mapping[str, ModelVersion], uri: str) -> dict[str, Path]:
-    """Return the folders of models, by stage; those of a local store are not copied."""
-    return {s: tracking.download_model(reference(v), uri) for s, v in versions.items()}

@@ -5,6 +5,7 @@
 Needs torch and pyarrow only, so that a bare training machine reads the same files.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -95,6 +96,11 @@ class Preset:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(
+                f"name is {self.name!r}; it names the registered models: take letters, digits, "
+                "dots, dashes and underscores"
+            )
         for stage, config in self.training.items():
             missing = sorted(set(config.resolutions) - set(self.data.resolutions))
             if missing:

@@ -9,7 +9,7 @@ own checkpoints are not used: it would resume silently, and from a copy, whateve
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
 from tasks.latents import LatentSet
+from tasks.model_files import ModelFiles
 from tasks.presets import Preset, config_digest
 from tasks.samples import SampleRef
 from tasks.stage_pictures import with_pictures
@@ -30,6 +31,7 @@ from tasks.training import (
     TrainingDivergedError,
     TrainingResult,
     train,
+    training_identity,
 )
 
 logger = logging.getLogger(__name__)
@@ -42,10 +44,10 @@ class TrainingJob:
     """One stage on one dataset version; all that a worker needs, and picklable.
 
     root: the data folder. samples: of the dataset version, or of `latents` for a diffusion
-    transformer. start: checkpoint folder that the stage begins with, where its preset names one.
-    dataset_digest: of the dataset version, or of the latent set. autoencoder: checkpoint folder of
-    the VAE behind `latents`, for pictures. training_dir: where runs keep their folders, on storage
-    that all workers see; by default `training` in the data folder.
+    transformer. start: the model that the stage begins with, where its preset names one.
+    dataset_digest: of the dataset version, or of the latent set. autoencoder: the VAE behind
+    `latents`, for pictures. training_dir: where runs keep their folders, on storage that all
+    workers see; by default `training` in the data folder.
     """
 
     stage: str
@@ -54,20 +56,16 @@ class TrainingJob:
     samples: tuple[SampleRef, ...]
     dataset_digest: str
     latents: LatentSet | None = None
-    start: Path | None = None
+    start: ModelFiles | None = None
     provenance: dict[str, str] = field(default_factory=dict)
-    autoencoder: Path | None = None
+    autoencoder: ModelFiles | None = None
     training_dir: Path | None = None
 
     @property
     def run_name(self) -> str:
         """Stage, data and configuration: another one of these is another run."""
-        preset = self.preset
-        model = preset.vae if self.stage.startswith("vae") else preset.structure
-        configs: list[object] = [model, preset.training[self.stage], preset.data.held_out]
-        if self.latents is not None:
-            configs = [preset.structure, preset.dit, preset.encoder, *configs[1:]]
-        digest = config_digest(*configs, str(self.start))
+        start = self.start.weights if self.start else ""
+        digest = config_digest(stage_digest(self.preset, self.stage), start)
         return f"{self.stage}-{self.dataset_digest[:12]}-{digest}"
 
     @property
@@ -81,6 +79,18 @@ class TrainingJob:
                 "all workers see"
             )
         return Path(self.root) / "training" / self.run_name
+
+
+def stage_digest(preset: Preset, stage: str) -> str:
+    """Return what stands for the configuration that decides a stage's weights."""
+    training = training_identity(preset.training[stage])
+    if stage.startswith("vae"):
+        return config_digest(preset.vae, training, preset.data.held_out)
+    if stage == "structure-vae":
+        return config_digest(preset.structure, training, preset.data.held_out)
+    model = preset.structure if stage == "structure" else preset.dit
+    encoder = replace(preset.encoder, path="")  # where its copy lies changes nothing
+    return config_digest(model, encoder, training, preset.data.held_out)
 
 
 def train_on_ray(
@@ -136,8 +146,9 @@ def _train_worker(config: dict[str, Any]) -> TrainingResult | Exception:
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     torch.set_num_threads(max(1, int(cpus)))
     try:
-        stage = build_stage(job.stage, job.preset, job.latents, job.start, job.provenance)
-        stage = with_pictures(stage, job.autoencoder)
+        start = job.start.folder() if job.start else None
+        stage = build_stage(job.stage, job.preset, job.latents, start, job.provenance)
+        stage = with_pictures(stage, job.autoencoder.folder() if job.autoencoder else None)
         loader = build_loader(job.stage, job.preset, job.samples, job.root, rank, world_size)
         report = config["make_report"]() if rank == 0 else NoReport()
         return train(

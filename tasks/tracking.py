@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlparse
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # "1" is not accepted
 
@@ -452,9 +454,24 @@ def resolve_model(reference: str, uri: str) -> ModelVersion:
     )
 
 
-def download_model(reference: str, uri: str) -> Path:
-    """Return a folder with the files of a model; those of a local store are not copied."""
+def download_model(reference: str, uri: str, cache: Path) -> Path:
+    """Return a folder with the files of a model: its own in a local store, otherwise `cache`.
+
+    cache: a folder that stands for these files alone; the first call fills it, whole or not at all.
+    """
+    if cache.is_dir():
+        return cache
     found = resolve_model(reference, uri)
     # By its place: given a models:/ address, MLflow looks in its global store whatever is passed.
     place = _client(uri).get_model_version_download_uri(found.name, str(found.version))
-    return Path(mlflow.artifacts.download_artifacts(place, tracking_uri=uri))
+    if urlparse(place).scheme in ("", "file"):
+        return Path(mlflow.artifacts.download_artifacts(place, tracking_uri=uri))
+    cache.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=cache.parent) as partial:
+        place = mlflow.artifacts.download_artifacts(place, tracking_uri=uri, dst_path=partial)
+        try:
+            Path(place).rename(cache)
+        except OSError:  # another process was first
+            if not cache.is_dir():
+                raise
+    return cache

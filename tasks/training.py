@@ -321,11 +321,16 @@ def _any(flag: bool, device: torch.device, world_size: int) -> bool:
     return bool(tensor)
 
 
-def _run_identity(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
-    """What a checkpoint and a run that continues it must share, as JSON gives it back."""
+def training_identity(config: TrainingConfig) -> dict[str, Any]:
+    """Return what of a configuration decides the weights; the rest may change within a run."""
     cadence = ("log_every", "picture_every", "checkpoint_every", "keep_checkpoints")
     excluded = (*cadence, "loader_workers", "max_minutes")
-    training = {name: value for name, value in asdict(config).items() if name not in excluded}
+    return {name: value for name, value in asdict(config).items() if name not in excluded}
+
+
+def _run_identity(stage: Stage, config: TrainingConfig) -> dict[str, Any]:
+    """What a checkpoint and a run that continues it must share, as JSON gives it back."""
+    training = training_identity(config)
     identity = {"stage": stage.name, "description": stage.description, "training": training}
     return dict(json.loads(json.dumps(identity)))
 

@@ -1,4 +1,5 @@
 import hashlib
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -9,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_data import sphere_sdf, write_spheres
 
-from tasks.latents import LatentsError, encode_latents, open_latents
+from tasks.catalogue import DatasetVersion
+from tasks.encoding import latent_set_digest
+from tasks.latents import LatentsError, encode_latents, open_latents, place_views
 from tasks.loader import Batch, Loader, SampleDataset, epoch_batches
+from tasks.model_files import ModelFiles
 from tasks.samples import SampleRef, read_index, split, write_index
 from tasks.shards import read_image, read_latents
 from tasks.storage import open_filesystem
@@ -237,6 +241,37 @@ def test_latents_are_kept_normalised_and_resumed(root, samples, monkeypatch):
     batch = next(iter(make(root, list(found.samples), kind="latents", views=True)))
     assert batch.latents.shape == (len(batch.coords), 2)
     assert batch.tokens == len(batch.coords)
+
+
+def test_pictures_of_a_rebuilt_shard_are_found_and_nothing_is_encoded_again(tmp_path, samples):
+    made = encode_latents(Encoder(), samples, tmp_path, "digest")
+    moved = [replace(s, views_path="shards/new/assets.parquet", path="new") for s in samples]
+    encoder = Encoder()
+    again = encode_latents(encoder, moved, tmp_path, "digest")
+    assert encoder.calls == 0
+    assert {s.views_path for s in again.samples} == {"shards/new/assets.parquet"}
+    assert [s.path for s in again.samples] == [s.path for s in made.samples]
+    reopened = open_latents(tmp_path, "digest")
+    assert reopened.samples == again.samples
+    assert np.array_equal(reopened.mean, made.mean)
+    assert np.array_equal(reopened.scale, made.scale)
+
+    # A training that opens the set finds the dataset version's pictures too.
+    back = place_views(reopened, samples, tmp_path)
+    assert back.samples == made.samples
+    assert open_latents(tmp_path, "digest").samples == made.samples
+    with pytest.raises(LatentsError, match=r"digest has 7 samples and the dataset version 6"):
+        place_views(reopened, samples[1:], tmp_path)
+
+
+def test_latents_are_of_weights_and_not_of_a_models_name():
+    dataset = DatasetVersion("root", 3, "ab" * 32)
+    vae = ModelFiles("gigashape-tiny-vae/1", "12" * 32, "sqlite:///a.db")
+    anew = replace(vae, weights="34" * 32)  # version 1 of a registry that was made anew
+    elsewhere = replace(vae, reference="gigashape-tiny-vae/7", uri="http://server")
+    assert latent_set_digest(dataset, vae, 64) == latent_set_digest(dataset, elsewhere, 64)
+    digests = {latent_set_digest(dataset, m, r) for m in (vae, anew) for r in (64, 128)}
+    assert len(digests) == 4
 
 
 def test_latents_that_are_not_finite_are_refused(tmp_path, samples):

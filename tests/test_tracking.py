@@ -230,11 +230,13 @@ def test_models_by_version_and_alias_and_rollback(uri: str, tmp_path: Path) -> N
     assert resolve_model("vae/1", uri).aliases == ()
 
     def champion() -> bytes:
-        return (tracking.download_model("vae@champion", uri) / "model.safetensors").read_bytes()
+        folder = tracking.download_model("vae@champion", uri, tmp_path / "unused")
+        return (folder / "model.safetensors").read_bytes()
 
     assert champion() == b"\2" * 10
     tracking.set_alias("vae", "champion", 1, uri)
     assert champion() == b"\1" * 10
+    assert not (tmp_path / "unused").exists(), "files of a local store are not copied"
     assert [v.aliases for v in tracking.model_versions("vae", uri)] == [("champion",), ()]
     tracking.delete_alias("vae", "champion", uri)
     with pytest.raises(LookupError, match=r"registered are \['vae'\]"):
