@@ -8,7 +8,6 @@ any network, against the original mesh. Distances are in the [-1, 1] frame.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from tasks.metrics import (
     topology,
     volume_iou,
 )
+from tasks.model_files import ModelFiles
 from tasks.normal_metrics import normal_scores
 from tasks.presets import EvaluationConfig, Preset
 from tasks.rendering import render_geometry
@@ -229,13 +229,12 @@ def _scored(
 
 
 def summarise(results: Sequence[Scored]) -> dict[str, float]:
-    """Return the mean of each score over the assets that have it, and their number."""
+    """Return the mean of each score over the assets that have it."""
     names = sorted({name for result in results for name in result.scores})
-    means = {
+    return {
         name: float(np.mean([r.scores[name] for r in results if name in r.scores]))
         for name in names
     }
-    return means | {"assets": float(len(results))}
 
 
 def distribution_scores(results: Sequence[Scored]) -> dict[str, float]:
@@ -255,7 +254,7 @@ def distribution_scores(results: Sequence[Scored]) -> dict[str, float]:
 
 
 def score_reconstruction(
-    folder: Path,
+    vae: ModelFiles,
     preset: Preset,
     samples: Sequence[SampleRef],
     root: str,
@@ -263,14 +262,14 @@ def score_reconstruction(
     device: torch.device,
     progress: Progress,
 ) -> list[Scored]:
-    """Score the VAE in a checkpoint folder, or the same VAE before any training."""
-    module = load_module(folder) if trained else build_module(stages_of(preset)[0], preset)
+    """Score a registered VAE, or the same VAE before any training."""
+    module = load_module(vae.folder()) if trained else build_module(stages_of(preset)[0], preset)
     assert isinstance(module, VAEModule)
     return evaluate_reconstruction(module, samples, root, preset.evaluation, device, progress)
 
 
 def score_generation(
-    folders: Mapping[str, Path],
+    files: Mapping[str, ModelFiles],
     preset: Preset,
     samples: Sequence[SampleRef],
     root: str,
@@ -280,6 +279,10 @@ def score_generation(
     device: torch.device,
     progress: Progress,
 ) -> list[Scored]:
-    """Score the models in checkpoint folders, or the same models before any training."""
-    models = load_models(folders, preset, device) if trained else untrained_models(preset, device)
+    """Score registered models, by stage, or the same models before any training."""
+    if trained:
+        folders = {stage: model.folder() for stage, model in files.items()}
+        models = load_models(folders, preset, device)
+    else:
+        models = untrained_models(preset, device)
     return evaluate_generation(models, samples, root, preset.evaluation, view, seed, progress)

@@ -81,4 +81,4 @@ def test_a_shift_of_three_voxels_is_beyond_two(box) -> None:
 
 def test_means_are_over_the_assets_that_have_a_score() -> None:
     results = [Scored("a", 64, {"x": 1.0, "y": 3.0}), Scored("b", 64, {"x": 2.0})]
-    assert summarise(results) == {"x": 1.5, "y": 3.0, "assets": 2.0}
+    assert summarise(results) == {"x": 1.5, "y": 3.0}
