@@ -1,7 +1,7 @@
 """`evaluate`: scores of registered models on a dataset version, as tables and pictures."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from prefect import flow
@@ -42,6 +42,7 @@ def evaluate(
     data: str = "data",
     version: Annotated[int, Field(ge=0)] | None = None,
     alias: str = models.CHAMPION,
+    candidates: list[str] | None = None,
     part: Part = "test",
     view: Annotated[int, Field(ge=-64, le=63)] = -1,
     untrained: Annotated[int, Field(ge=0)] = 0,
@@ -51,7 +52,8 @@ def evaluate(
 
     Reconstruction states three errors: of the VAE against the watertight surface, of the VAE
     against the original mesh, and of the conversion alone. Generation is scored against the
-    watertight surface of the object in the picture. Distances are in the [-1, 1] frame.
+    watertight surface of the object in the picture; its VAE is the one whose latents the
+    transformers learned. Distances are in the [-1, 1] frame.
 
     Args:
         subjects: reconstruction, generation; None scores both.
@@ -59,6 +61,8 @@ def evaluate(
         data: data folder, or an address such as s3://bucket/folder.
         version: dataset version, a number; None takes the newest.
         alias: which registered models: champion or challenger.
+        candidates: registered models to score in place of those with the alias, such as
+            gigashape-tiny-vae/3.
         part: assets to score: test (held out), train, or all.
         view: picture that generation starts from; -1 is the one held out of training.
         untrained: score the same models before any training too, under untrained/, on this many
@@ -69,8 +73,11 @@ def evaluate(
     sizes = load_preset(preset)
     dataset = open_version(data, version)
     uri = tracking.tracking_uri(data)
-    subjects = subjects or ["reconstruction", "generation"]
-    chosen = resolve(subjects, sizes, uri, alias)
+    given = models.resolve_candidates(sizes, candidates or [], uri)
+    chosen = {
+        subject: resolve(subject, sizes, uri, alias, given)
+        for subject in subjects or ["reconstruction", "generation"]
+    }
     samples = _part(samples_of(dataset), sizes.data.held_out, part)
     params = {
         "preset": sizes.name,
@@ -79,14 +86,18 @@ def evaluate(
         "part": part,
         "view": view,
         "seed": seed,
-        "models": {stage: models.reference(v) for stage, v in chosen.items()},
+        "models": {
+            subject: {stage: models.reference(v) for stage, v in versions.items()}
+            for subject, versions in chosen.items()
+        },
     }
-    with tracked("evaluate", f"{alias}-{part}-{dataset.name}", data, params) as tracking_run:
+    label = "candidates" if candidates else alias
+    with tracked("evaluate", f"{label}-{part}-{dataset.name}", data, params) as tracking_run:
         run = tracking_run.run
         log_dataset(run, dataset, "evaluation")
-        folders = models.download(chosen, uri)
         scores: dict[str, float] = {}
-        for subject in subjects:
+        for subject, versions in chosen.items():
+            files = {stage: models.model_files(v, uri) for stage, v in versions.items()}
             resolution = _finest(sizes, subject)
             subset = [s for s in samples if s.resolution == resolution]
             for trained in (True, False) if untrained else (True,):
@@ -96,7 +107,7 @@ def evaluate(
                     if subject == "reconstruction":
                         results = call_on_worker(
                             score_reconstruction,
-                            folders[stages_of(sizes)[0]],
+                            files[stages_of(sizes)[0]],
                             sizes,
                             scored,
                             data,
@@ -106,7 +117,7 @@ def evaluate(
                     else:
                         results = call_on_worker(
                             score_generation,
-                            folders,
+                            files,
                             sizes,
                             scored,
                             data,
@@ -115,7 +126,7 @@ def evaluate(
                             trained,
                             update=bar.update,
                         )
-                found = summarise(results)
+                found = {**summarise(results), f"{subject}/assets": float(len(results))}
                 if subject == "generation":
                     found |= distribution_scores(results)
                 prefix = "" if trained else "untrained/"
@@ -129,21 +140,22 @@ def evaluate(
 
 
 def resolve(
-    subjects: Sequence[Subject], preset: Preset, uri: str, alias: str
+    subject: Subject,
+    preset: Preset,
+    uri: str,
+    alias: str,
+    candidates: Mapping[str, ModelVersion],
 ) -> dict[str, ModelVersion]:
-    """Return the model versions that the subjects need, by stage."""
-    chosen = models.resolve_set(preset, uri, alias) if "generation" in subjects else {}
-    if "reconstruction" in subjects:
-        # The VAE with the alias itself, which the transformers may not have learned yet.
-        vae = stages_of(preset)[0]
-        found = tracking.resolve_model(f"{models.model_name(vae)}@{alias}", uri)
-        if chosen and chosen[vae] != found:
-            raise models.ModelMismatchError(
-                f"{models.reference(found)} is @{alias}, but the transformers @{alias} learned "
-                f"{models.reference(chosen[vae])}: evaluate reconstruction and generation apart"
-            )
-        chosen[vae] = found
-    return chosen
+    """Return the model versions that a subject needs, by stage.
+
+    Reconstruction takes the VAE with the alias, which the transformers may not have learned yet.
+    """
+    if subject == "generation":
+        return models.resolve_set(preset, uri, alias, candidates)
+    vae = stages_of(preset)[0]
+    if vae in candidates:
+        return {vae: candidates[vae]}
+    return {vae: tracking.resolve_model(f"{models.model_name(preset, vae)}@{alias}", uri)}
 
 
 def _finest(preset: Preset, subject: Subject) -> int:

@@ -10,10 +10,10 @@ from flows.dit import train_dit
 from flows.evaluate import Subject, evaluate
 from flows.latents import encode_latents
 from flows.refresh import refresh_dataset
-from flows.run import Tracked, close_runs, data_root, markdown_table, publish, tracked
+from flows.run import close_runs, data_root, markdown_table, publish, tracked
 from flows.vae import train_vae
 from tasks import models, tracking
-from tasks.generation import stages_of
+from tasks.catalogue import open_version
 from tasks.presets import load_preset
 
 logger = logging.getLogger(__name__)
@@ -56,21 +56,30 @@ def retrain(
             f'preset "{sizes.name}" has data.held_out 0, so there is nothing to compare models on: '
             "set it to a share such as 0.1"
         )
-    vae_stage, _, *transformers = stages_of(sizes)
     with tracked("retrain", f"retrain-{sizes.name}", data, {"preset": sizes.name}) as tracking_run:
         if refresh:
             refresh_dataset(source=source, preset=preset, data=data)
-        train_vae(preset=preset, data=data, workers=workers, training_dir=training_dir)
+        # One version for all that follows, whatever another refresh commits meanwhile.
+        version = open_version(data).number
+        trained = train_vae(
+            preset=preset, data=data, version=version, workers=workers, training_dir=training_dir
+        )
         decisions = {
-            vae_stage: _decide(
-                [vae_stage], "reconstruction", RECONSTRUCTION_SCORE, tracking_run, preset, data,
-                min_gain,
+            "vae": decide(
+                [trained], "reconstruction", RECONSTRUCTION_SCORE, preset, data, version, min_gain
             )
-        }  # fmt: skip
-        vae = encode_latents(preset=preset, data=data)
-        train_dit(preset=preset, data=data, vae=vae, workers=workers, training_dir=training_dir)
-        decisions["transformers"] = _decide(
-            transformers, "generation", GENERATION_SCORE, tracking_run, preset, data, min_gain
+        }
+        vae = encode_latents(preset=preset, data=data, version=version)
+        transformers = train_dit(
+            preset=preset,
+            data=data,
+            version=version,
+            vae=vae,
+            workers=workers,
+            training_dir=training_dir,
+        )
+        decisions["transformers"] = decide(
+            transformers, "generation", GENERATION_SCORE, preset, data, version, min_gain
         )
         tracking_run.run.set_tags({f"decision.{name}": text for name, text in decisions.items()})
         publish(
@@ -80,29 +89,37 @@ def retrain(
         return decisions
 
 
-def _decide(
-    stages: list[str],
+def decide(
+    trained: list[str],
     subject: Subject,
     score: str,
-    tracked: Tracked,
     preset: str,
     data: str,
+    version: int,
     min_gain: float,
 ) -> str:
-    """Promote the challengers of stages, together, if they beat the champions; say why or not."""
-    uri = tracked.run.uri
-    newest, present = (
-        {s: tracking.resolve_model(f"{models.model_name(s)}@{alias}", uri) for s in stages}
-        for alias in (models.CHALLENGER, models.CHAMPION)
-    )
+    """Promote models, together, if they beat the champions; say why or why not.
+
+    trained: NAME/VERSION of each stage. version: of the dataset, on whose held-out assets both are
+    scored.
+    """
+    uri = tracking.tracking_uri(data)
+    newest = [tracking.resolve_model(reference, uri) for reference in trained]
+    present = [tracking.resolve_model(f"{v.name}@{models.CHAMPION}", uri) for v in newest]
     if newest == present:
-        names = ", ".join(models.reference(version) for version in newest.values())
-        decision = f"{names}: champion already; nothing newer was trained"
+        decision = f"{', '.join(trained)}: champion already; nothing newer was trained"
     else:
         old, new = (
-            evaluate(subjects=[subject], preset=preset, data=data, alias=alias, part="test")[score]
-            for alias in (models.CHAMPION, models.CHALLENGER)
+            evaluate(
+                subjects=[subject],
+                preset=preset,
+                data=data,
+                version=version,
+                candidates=[models.reference(model) for model in compared],
+                part="test",
+            )[score]
+            for compared in (present, newest)
         )
-        decision = models.promote_if_better(list(newest.values()), score, new, old, min_gain, uri)
+        decision = models.promote_if_better(newest, score, new, old, min_gain, uri)
     logger.info(decision)
     return decision
