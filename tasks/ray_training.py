@@ -8,7 +8,8 @@ own checkpoints are not used: it would resume silently, and from a copy, whateve
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tasks.presets import Preset, config_digest
 from tasks.samples import SampleRef
 from tasks.stage_pictures import with_pictures
 from tasks.stages import build_loader, build_stage
+from tasks.storage import locked
 from tasks.training import (
     NoReport,
     Report,
@@ -37,6 +39,11 @@ from tasks.training import (
 logger = logging.getLogger(__name__)
 
 MakeReport = Callable[[], Report]
+BUSY_SECONDS = 30.0  # a killed driver's workers end within these
+
+
+class TrainingBusyError(RuntimeError):
+    """Another process writes the same checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,24 @@ def stage_digest(preset: Preset, stage: str) -> str:
     return config_digest(model, encoder, training, preset.data.held_out)
 
 
+@contextmanager
+def only_writer(checkpoint_dir: Path) -> Iterator[None]:
+    """Keep other trainings on this machine out of a run's folder.
+
+    Waits for the workers of a training that was just killed to end; then raises TrainingBusyError.
+    """
+    lock = checkpoint_dir.with_name(f"{checkpoint_dir.name}.lock")  # outside: `fresh` deletes it
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(lock, BUSY_SECONDS))
+        except BlockingIOError:
+            raise TrainingBusyError(
+                f"another process trains into {checkpoint_dir}; wait for it to end or stop it, "
+                "then start again"
+            ) from None
+        yield
+
+
 def train_on_ray(
     job: TrainingJob,
     make_report: MakeReport,
@@ -107,10 +132,12 @@ def train_on_ray(
     A run that was stopped continues, one that is finished returns at once; fresh: train from the
     start instead, deleting the checkpoints. make_report: called on the worker of rank 0.
     cpus_per_worker: an even share of the cluster by default. max_failures: workers' deaths before
-    giving up. Raises TrainingDivergedError or ValueError as `train` does, without a restart.
+    giving up. Raises TrainingDivergedError or ValueError as `train` does, without a restart, and
+    TrainingBusyError while another training writes the same checkpoints.
     """
-    if fresh:
-        shutil.rmtree(job.checkpoint_dir, ignore_errors=True)
+    with only_writer(job.checkpoint_dir):
+        if fresh:
+            shutil.rmtree(job.checkpoint_dir, ignore_errors=True)
     # The annotations that mypy sees here are those of Ray Train v1; v2 is what runs.
     trainer = TorchTrainer(
         _train_worker,  # type: ignore[arg-type]
@@ -151,16 +178,18 @@ def _train_worker(config: dict[str, Any]) -> TrainingResult | Exception:
         stage = with_pictures(stage, job.autoencoder.folder() if job.autoencoder else None)
         loader = build_loader(job.stage, job.preset, job.samples, job.root, rank, world_size)
         report = config["make_report"]() if rank == 0 else NoReport()
-        return train(
-            stage,
-            job.preset.training[job.stage],
-            loader,
-            job.checkpoint_dir,
-            report,
-            get_device(),
-            rank,
-            world_size,
-        )
+        # Rank 0 alone writes checkpoints, and it may outlive a driver that is killed.
+        with only_writer(job.checkpoint_dir) if rank == 0 else nullcontext():
+            return train(
+                stage,
+                job.preset.training[job.stage],
+                loader,
+                job.checkpoint_dir,
+                report,
+                get_device(),
+                rank,
+                world_size,
+            )
     except (TrainingDivergedError, ValueError) as error:  # on all ranks alike
         return error
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Where a data folder lives: paths through `pyarrow.fs`, whole-file writes, and the refresh lock.
+"""Where a data folder lives: paths through `pyarrow.fs`, whole-file writes, and locks.
 
 A root is a local folder or a URI that pyarrow knows, such as `s3://bucket/prefix`; credentials and
 endpoints come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, ...), which is where
@@ -8,8 +8,9 @@ the catalogue's delta-rs looks for them too.
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -119,13 +120,35 @@ def exclusive(root: str | Path) -> Iterator[None]:
     if not isinstance(filesystem, fs.LocalFileSystem):
         yield
         return
-    Path(path).mkdir(parents=True, exist_ok=True)
-    with (Path(path) / ".refresh.lock").open("w") as lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(Path(path) / ".refresh.lock"))
         except BlockingIOError:
             raise DatasetBusyError(
                 f"another refresh is working on {path}; wait for it to end or stop it, then run "
                 "this one again"
             ) from None
         yield
+
+
+@contextmanager
+def locked(file: Path, seconds: float = 0.0) -> Iterator[None]:
+    """Hold a local file's kernel lock; it goes with the process that holds it.
+
+    Raises BlockingIOError when another holds it and still does after so many seconds.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + seconds
+    with file.open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.2)
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # closing would not, where a forked child has it too
