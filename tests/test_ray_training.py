@@ -1,7 +1,9 @@
 import json
 import os
 import signal
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,13 @@ import ray
 import torch
 from synthetic_data import write_spheres
 
+from flows.run import Tracked
+from flows.stages import Means, on_gpus, train_stage
+from tasks.model_files import ModelFiles
 from tasks.presets import load_preset
-from tasks.ray_training import TrainingJob, train_on_ray
+from tasks.ray_training import TrainingBusyError, TrainingJob, only_writer, train_on_ray
 from tasks.stages import build_loader, build_stage
+from tasks.tracking import model_versions, start_run, tracking_uri
 from tasks.training import NoReport, TrainingDivergedError, _seed, train
 
 # Ray's own modules warn of each other's deprecated settings.
@@ -123,11 +129,78 @@ def test_what_would_fail_again_is_not_tried_again(cluster, root, samples, tmp_pa
 
 def test_a_run_name_tells_data_and_configuration_apart(root, samples):
     job = make_job(root, samples)
+    start = ModelFiles("gigashape-tiny-vae/1", "12" * 32, "sqlite:///a.db")
     names = {
         job.run_name,
         make_job(root, samples, steps=7).run_name,
         make_job(root, samples, seed=1).run_name,
+        replace(job, start=start).run_name,
+        replace(job, start=replace(start, weights="34" * 32)).run_name,
     }
-    assert len(names) == 3
+    assert len(names) == 5
     assert job.run_name.startswith("structure-vae-0123456789ab-")
-    assert make_job(root, samples).run_name == job.run_name
+    # What decides no weight may change within a run, as its checkpoints allow.
+    cadence = {"max_minutes": 9, "log_every": 5, "picture_every": 5, "checkpoint_every": 3}
+    same = make_job(root, samples, loader_workers=1, keep_checkpoints=5, **cadence)
+    assert same.run_name == job.run_name
+    elsewhere = replace(start, reference="gigashape-tiny-vae/7", uri="http://server")
+    assert replace(job, start=elsewhere).run_name == replace(job, start=start).run_name
+
+
+def test_a_stopped_training_goes_on_and_is_registered_once_it_is_done(
+    cluster, root, samples, tmp_path
+):
+    uri = tracking_uri(tmp_path)
+    with start_run("train", "train", uri) as run:
+        tracked, means = Tracked(run, "train", "train", ""), Means(1, False, None)
+        stopped = make_job(root, samples, seed=2, max_minutes=1e-6)
+        first = train_stage(stopped, tracked, means, {})
+        assert (first.tags["step"], first.tags["finished"]) == ("1", "False")
+        job = make_job(root, samples, seed=2, max_minutes=0)
+        second = train_stage(job, tracked, means, {})
+        assert (second.tags["step"], second.tags["finished"]) == (str(STEPS), "True")
+        assert train_stage(job, tracked, means, {}) == second
+        assert train_stage(stopped, tracked, means, {}) == second
+    assert second.version == 2
+    assert second.tags["training_run"] == first.tags["training_run"] == job.run_name
+    assert [v.version for v in model_versions(second.name, uri)] == [1, 2]
+
+
+def test_one_folder_has_one_training(cluster, root, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr("tasks.ray_training.BUSY_SECONDS", 0.3)
+    job = make_job(root, samples, seed=3)
+    (job.checkpoint_dir / "step-00000001").mkdir(parents=True)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from pathlib import Path\n"
+            "from tasks.ray_training import only_writer\n"
+            "with only_writer(Path(sys.argv[1])):\n"
+            "    print(flush=True); time.sleep(200)",
+            str(job.checkpoint_dir),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    holder.stdout.readline()
+    for fresh in (False, True):
+        with pytest.raises(TrainingBusyError, match=r"another process trains into .*structure-vae"):
+            train_on_ray(job, NoReport, cpus_per_worker=1, fresh=fresh)
+    assert (job.checkpoint_dir / "step-00000001").exists(), "fresh deletes nothing of another's"
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    with only_writer(job.checkpoint_dir):  # the lock went with its process
+        pass
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(0, 3), (2, 2), (4, 1)])
+def test_workers_have_a_gpu_each_where_there_are_gpus(monkeypatch, gpus, workers):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
+    assert on_gpus(workers) == (gpus > 0)
+
+
+def test_too_few_gpus_are_no_reason_to_train_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    with pytest.raises(ValueError, match=r"workers is 3, but Ray has 2 GPU.*take at most 2"):
+        on_gpus(3)
