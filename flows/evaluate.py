@@ -8,7 +8,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import close_runs, data_root, log_meshes, markdown_table, publish, tracked
+from flows.run import close_runs, data_root, markdown_table, publish, tracked
 from tasks import models, tracking
 from tasks.catalogue import open_version
 from tasks.dataset import log_dataset, samples_of
@@ -22,7 +22,7 @@ from tasks.evaluation import (
 from tasks.generation import stages_of
 from tasks.pictures import contact_sheet
 from tasks.presets import Preset, load_preset
-from tasks.reporting import call_on_worker
+from tasks.reporting import call_on_worker, log_meshes
 from tasks.samples import SampleRef, split
 from tasks.tracking import ModelVersion, Run
 

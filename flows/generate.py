@@ -13,7 +13,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import close_runs, data_root, log_meshes, markdown_table, publish, tracked
+from flows.run import close_runs, data_root, markdown_table, publish, tracked
 from tasks import models, tracking
 from tasks.generation import Shape, load_models, read_picture
 from tasks.generation import generate as generate_shapes
@@ -22,7 +22,7 @@ from tasks.pictures import contact_sheet, save_glb
 from tasks.presets import Preset, load_preset
 from tasks.rendering import render_geometry
 from tasks.reporting import Progress as Update
-from tasks.reporting import call_on_worker
+from tasks.reporting import call_on_worker, log_meshes
 
 logger = logging.getLogger(__name__)
 PICTURE_SIZE = 384

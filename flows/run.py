@@ -2,7 +2,6 @@
 
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,9 +16,7 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import flow_run
 
 from tasks import tracking
-from tasks.metrics import Surface
 from tasks.mirror import read_mirror
-from tasks.pictures import VIEWER_FACES, save_glb, viewer_html
 from tasks.ray_work import session
 from tasks.tracking import Run
 
@@ -126,18 +123,3 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
         cells = (row[column] for column in columns)
         lines.append(" | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells))
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def log_meshes(run: Run, meshes: Mapping[str, Surface], folder: str, name: str) -> None:
-    """Log meshes as .glb files, and together as one page that shows them in the MLflow UI."""
-    shown = {kind: mesh for kind, mesh in meshes.items() if len(mesh[1])}
-    with tempfile.TemporaryDirectory() as temporary:
-        for kind, mesh in shown.items():
-            path = Path(temporary) / f"{name}-{kind}.glb"
-            save_glb(*mesh, path)
-            run.log_file(path, folder)
-    faces = sum(len(mesh[1]) for mesh in shown.values())
-    if faces > VIEWER_FACES:
-        logger.warning("%s: %d faces are too many for a viewer page; see its .glb", name, faces)
-    elif shown:
-        run.log_text(viewer_html(shown, name), f"{folder}/{name}.html")

@@ -1,20 +1,29 @@
-"""What work on Ray tells of itself: metrics and pictures to MLflow, progress to the driver."""
+"""What work tells of itself: metrics, pictures and meshes to MLflow, progress to Ray's driver."""
 
+import logging
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
 import ray
 import torch
 
+from tasks.metrics import Surface
+from tasks.pictures import VIEWER_FACES, save_glb, viewer_html
 from tasks.ray_training import share_of_cpus
+
+if TYPE_CHECKING:  # MLflow takes seconds to import, and most workers don't need it
+    from tasks.tracking import Run
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 
@@ -108,6 +117,21 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], writer: BoardWrit
     return function(*args, device=device, progress=writer)
 
 
+def log_meshes(run: "Run", meshes: Mapping[str, Surface], folder: str, name: str) -> None:
+    """Log meshes as .glb files, and together as one page that shows them in the MLflow UI."""
+    shown = {kind: mesh for kind, mesh in meshes.items() if len(mesh[1])}
+    with tempfile.TemporaryDirectory() as temporary:
+        for kind, mesh in shown.items():
+            path = Path(temporary) / f"{name}-{kind}.glb"
+            save_glb(*mesh, path)
+            run.log_file(path, folder)
+    faces = sum(len(mesh[1]) for mesh in shown.values())
+    if faces > VIEWER_FACES:
+        logger.warning("%s: %d faces are too many for a viewer page; see its .glb", name, faces)
+    elif shown:
+        run.log_text(viewer_html(shown, name), f"{folder}/{name}.html")
+
+
 class MLflowReport:
     """A training's report: to one MLflow run, names prefixed by the stage, and to a progress.
 
@@ -132,6 +156,10 @@ class MLflowReport:
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Log a picture, [H, W, 3] uint8, into the series of its name."""
         self.run.log_picture(f"{self.stage}/{name}", image, step)
+
+    def meshes(self, step: int, meshes: Mapping[str, Surface]) -> None:
+        """Log meshes as .glb files and a viewer page, in the stage's folder."""
+        log_meshes(self.run, meshes, self.stage, f"step-{step}")
 
     def checkpoint(self, step: int, path: Path) -> None:
         """Note the newest checkpoint as tags of the run."""

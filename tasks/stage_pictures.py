@@ -1,23 +1,28 @@
 """Pictures of a training: what the averaged model makes of a sample, beside what it should make.
 
-Slices of signed distances for the sparse stages, views through the active voxels for the dense
-ones, the condition in front where there is one; always of the first sample of the newest batch.
+Slices of signed distances and renders of surfaces for the sparse stages, views through the active
+voxels for the dense ones, the condition in front where there is one; always of the first sample of
+the newest batch.
 """
 
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Generator, Tensor, nn
 
 from model.flow import noise_like, sample_euler
+from model.marching_cubes import marching_cubes
 from model.sdf import BLOCK
 from model.sparse import SparseTensor
 from model.vae import band_tensor
 from tasks.loader import Batch
+from tasks.metrics import Surface
 from tasks.pictures import slice_picture
+from tasks.rendering import render_geometry
 from tasks.stages import (
     FlowModule,
     Pictured,
@@ -27,7 +32,7 @@ from tasks.stages import (
     dense_occupancy,
     load_module,
 )
-from tasks.training import Stage
+from tasks.training import Shown, Stage
 
 SIZE = 256  # pixels of a side of each part
 EULER_STEPS, SHIFT = 12, 3.0
@@ -40,68 +45,87 @@ def with_pictures(stage: Stage, autoencoder: Path | None = None) -> Stage:
     decodes what is drawn; without it a diffusion transformer has no pictures.
     """
     if isinstance(stage.module, VAEModule):
-        return replace(stage, pictures=_reconstruction)
+        return replace(stage, show=_reconstruction)
     if isinstance(stage.module, StructureVAEModule):
-        return replace(stage, pictures=_occupancy)
+        return replace(stage, show=_occupancy)
     if autoencoder is None:
         return stage
-    return replace(stage, pictures=partial(_generation, load_module(autoencoder)))
+    return replace(stage, show=partial(_generation, load_module(autoencoder)))
 
 
-def _reconstruction(module: nn.Module, batch: Batch, generator: Generator) -> dict[str, np.ndarray]:
-    """Draw target | reconstruction of the posterior's mean. generator: not needed."""
+def _reconstruction(module: nn.Module, batch: Batch, generator: Generator) -> Shown:
+    """Show target | reconstruction of the posterior's mean. generator: not needed."""
     del generator
     assert isinstance(module, VAEModule)
     assert batch.values is not None
     rows = batch.coords[:, 0] == 0
     coords, values = batch.coords[rows], batch.values[rows]
     latents, _ = module.vae.encode(band_tensor(coords, values))
-    grid = batch.resolutions[0] // BLOCK
-    decoded = module.vae.decode_chunked(latents, grid)
-    parts = [_slice(coords, v, grid) for v in (values, decoded)]
-    return {"sdf target - reconstruction": np.concatenate(parts, axis=1)}
+    decoded = module.vae.decode_chunked(latents, batch.resolutions[0] // BLOCK)
+    fields = {"target": values, "reconstruction": decoded}
+    return _show_fields(coords, fields, batch.resolutions[0], [])
 
 
-def _occupancy(module: nn.Module, batch: Batch, generator: Generator) -> dict[str, np.ndarray]:
-    """Draw target | reconstruction of the posterior's mean. generator: not needed."""
+def _occupancy(module: nn.Module, batch: Batch, generator: Generator) -> Shown:
+    """Show target | reconstruction of the posterior's mean. generator: not needed."""
     del generator
     assert isinstance(module, StructureVAEModule)
     target = dense_occupancy(batch.coords[batch.coords[:, 0] == 0], 1, module.config.grid)
     logits = module.vae.decode(module.vae.encode(target)[0])
     parts = [_see_through(v) for v in (target, logits.sigmoid())]
-    return {"voxels target - reconstruction": np.concatenate(parts, axis=1)}
+    return Shown({"voxels target - reconstruction": np.concatenate(parts, axis=1)})
 
 
 def _generation(
     autoencoder: StageModule, module: nn.Module, inputs: Pictured, generator: Generator
-) -> dict[str, np.ndarray]:
-    """Draw condition | decoded latents | decoded latents generated from the condition."""
+) -> Shown:
+    """Show condition | decoded latents | decoded latents generated from the condition."""
     assert isinstance(module, FlowModule)
     batch = _first(inputs.batch)
     assert batch.rgba is not None
     tokens = None if inputs.tokens is None else (inputs.tokens[0][:1], inputs.tokens[1][:1])
     condition = module.condition(batch.rgba, tokens)
-    x0 = module.normalise(batch)
-    parts = [_on_white(batch.rgba[0])]
+    x0: Any = module.normalise(batch)
+    noise = noise_like(x0, generator)
+    made = sample_euler(module.dit, noise, condition, None, EULER_STEPS, 1, SHIFT)
+    picture = _on_white(batch.rgba[0])
     if isinstance(x0, SparseTensor):
-        noise = noise_like(x0, generator)
-        made = sample_euler(module.dit, noise, condition, None, EULER_STEPS, 1, SHIFT)
         assert isinstance(autoencoder, VAEModule)
         vae = autoencoder.to(batch.coords.device).vae
-        grid = batch.resolutions[0] // BLOCK
-        for latents in (x0, made):
-            decoded = vae.decode_chunked(latents.replace(module.denormalise(latents.feats)), grid)
-            parts.append(_slice(batch.coords, decoded, grid))
-        return {"sdf condition - latents - generated": np.concatenate(parts, axis=1)}
-    dense = sample_euler(
-        module.dit, noise_like(x0, generator), condition, None, EULER_STEPS, 1, SHIFT
-    )
+        resolution = batch.resolutions[0]
+        fields = {
+            name: vae.decode_chunked(
+                latents.replace(module.denormalise(latents.feats)), resolution // BLOCK
+            )
+            for name, latents in (("latents", x0), ("generated", made))
+        }
+        return _show_fields(batch.coords, fields, resolution, [picture])
     assert isinstance(autoencoder, StructureVAEModule)
     decoder = autoencoder.to(batch.coords.device).vae
-    for grid_latents in (x0, dense):
-        logits = decoder.decode(module.denormalise(grid_latents))
-        parts.append(_see_through(logits.sigmoid()))
-    return {"voxels condition - latents - generated": np.concatenate(parts, axis=1)}
+    logits = [decoder.decode(module.denormalise(latents)) for latents in (x0, made)]
+    parts = [picture, *(_see_through(v.sigmoid()) for v in logits)]
+    return Shown({"voxels condition - latents - generated": np.concatenate(parts, axis=1)})
+
+
+def _show_fields(
+    coords: Tensor, fields: dict[str, Tensor], resolution: int, condition: list[np.ndarray]
+) -> Shown:
+    """Show fields [B, 8, 8, 8] on blocks coords [B, 4], in slices and as surfaces, and the meshes.
+
+    condition: the picture that goes in front, if there is one.
+    """
+    meshes: dict[str, Surface] = {}
+    for name, values in fields.items():
+        vertices, faces = marching_cubes(coords[:, 1:], values.float(), resolution)
+        meshes[name] = vertices.cpu().numpy(), faces.cpu().numpy()
+    slices = [_slice(coords, values, resolution // BLOCK) for values in fields.values()]
+    renders = [render_geometry(*mesh, SIZE) for mesh in meshes.values()]
+    names = " - ".join(["condition"] * len(condition) + list(fields))
+    pictures = {
+        f"sdf {names}": np.concatenate(condition + slices, axis=1),
+        f"surface {names}": np.concatenate(condition + renders, axis=1),
+    }
+    return Shown(pictures, meshes)
 
 
 def _first(batch: Batch) -> Batch:

@@ -80,6 +80,17 @@ class TrainingConfig:
             raise ValueError(f"TrainingConfig.{name} is {getattr(self, name)!r}; {message}")
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a stage makes of a sample, for people to see, by what it shows.
+
+    pictures: [H, W, 3] uint8. meshes: vertices [V, 3] in [-1, 1] and faces [F, 3].
+    """
+
+    pictures: dict[str, np.ndarray]
+    meshes: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+
 @dataclass
 class Stage:
     """One thing to train, as `tasks/stages.py` makes it.
@@ -87,14 +98,14 @@ class Stage:
     module: what is trained; forward(inputs, generator) -> (loss, parts), parts being the detached
         terms of the loss by name. Its state dictionary is what checkpoints hold.
     prepare: puts a batch on the device and runs what is frozen; under no_grad, in autocast.
-    pictures: (averaged module, prepared inputs, generator) -> [H, W, 3] uint8 by name; or None.
+    show: (averaged module, prepared inputs, generator) -> what people see of it; or None.
     description: the resolved configuration and where the stage comes from, JSON.
     """
 
     name: str
     module: nn.Module
     prepare: Callable[[Batch, torch.device], Any]
-    pictures: Callable[[nn.Module, Any, torch.Generator], dict[str, np.ndarray]] | None = None
+    show: Callable[[nn.Module, Any, torch.Generator], Shown] | None = None
     description: dict[str, Any] = field(default_factory=dict)
 
 
@@ -106,6 +117,9 @@ class Report(Protocol):
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Take one picture, [H, W, 3] uint8."""
+
+    def meshes(self, step: int, meshes: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Take the meshes of the last step's pictures: vertices and faces by what they are."""
 
     def checkpoint(self, step: int, path: Path) -> None:
         """Learn of a finished checkpoint folder; it may vanish after `keep_checkpoints` more."""
@@ -119,6 +133,9 @@ class NoReport:
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Drop it."""
+
+    def meshes(self, step: int, meshes: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Drop them."""
 
     def checkpoint(self, step: int, path: Path) -> None:
         """Drop it."""
@@ -199,11 +216,14 @@ def train(
             if rank == 0:
                 report.metrics(step, values | {"learning_rate": rate, "epoch": loader.epoch})
             window = _Window()
-        if rank == 0 and stage.pictures and (step % config.picture_every == 0 or save):
+        if rank == 0 and stage.show and (step % config.picture_every == 0 or save):
             generator = _seed(config.seed, step, rank, 0, device)
             with torch.no_grad(), autocast(device):
-                for name, image in stage.pictures(ema, inputs, generator).items():
-                    report.picture(step, name, image)
+                shown = stage.show(ema, inputs, generator)
+            for name, image in shown.pictures.items():
+                report.picture(step, name, image)
+            if shown.meshes and (step == config.steps or stop):
+                report.meshes(step, shown.meshes)
         if save:
             path = checkpoint_dir / f"step-{step:08d}"
             if rank == 0:

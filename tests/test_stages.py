@@ -20,6 +20,7 @@ from model.vae import chunk_rows
 from tasks import stages
 from tasks.image_encoder import EncoderUnavailableError, load_image_encoder
 from tasks.latents import LatentSet, encode_latents
+from tasks.metrics import Surface, topology
 from tasks.presets import Preset, load_preset
 from tasks.stage_pictures import with_pictures
 from tasks.stages import (
@@ -46,6 +47,7 @@ class Losses(NoReport):
     def __init__(self, fail_at: int = -1):
         self.losses: dict[int, float] = {}
         self.pictures: dict[str, np.ndarray] = {}
+        self.shapes: dict[str, Surface] = {}
         self.fail_at = fail_at
 
     def metrics(self, step, values):
@@ -55,6 +57,10 @@ class Losses(NoReport):
 
     def picture(self, step, name, image):
         self.pictures[name] = image
+
+    def meshes(self, step, meshes):
+        assert step == STEPS
+        self.shapes = meshes
 
 
 def short_preset() -> Preset:
@@ -135,10 +141,23 @@ def test_a_checkpoint_alone_gives_the_model_and_its_pictures(workshop, finished,
     assert any(not torch.equal(averaged, last) for averaged, last in pairs)
     if isinstance(module, FlowModule):
         assert np.array_equal(module.latent_scale.numpy(), workshop.latents[name].scale)
-    (picture,) = report.pictures.values()
-    parts = 3 if isinstance(module, FlowModule) else 2
-    assert picture.shape == (256, parts * 256, 3)
-    assert picture.std() > 5
+    flow, sparse = isinstance(module, FlowModule), name in ("vae", "dit-64")
+    whats = "condition - latents - generated" if flow else "target - reconstruction"
+    kinds = ("sdf", "surface") if sparse else ("voxels",)
+    assert set(report.pictures) == {f"{kind} {whats}" for kind in kinds}
+    for picture in report.pictures.values():
+        assert picture.shape == (256, (3 if flow else 2) * 256, 3)
+        assert picture.std() > 5
+    assert list(report.shapes) == (whats.split(" - ")[-2:] if sparse else [])
+
+
+def test_the_target_surface_is_the_samples_own(finished):
+    shapes = finished["vae"][0].shapes
+    radii = np.linalg.norm(shapes["target"][0], axis=1)
+    assert radii.std() < 1e-3
+    assert topology(*shapes["target"]).euler_number == 2
+    picture = finished["vae"][0].pictures["surface target - reconstruction"][:, :256]
+    assert 0.02 < (picture < 250).mean() < 0.8  # a ball on white
 
 
 def test_latents_are_normalised_and_back(workshop, finished):

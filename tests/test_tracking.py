@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import trimesh
 from PIL import Image
 from pydantic import BaseModel
 
 from tasks import tracking
+from tasks.reporting import MLflowReport
 from tasks.tracking import (
     Run,
     RunBusyError,
@@ -101,6 +103,22 @@ def test_a_run_holds_its_configuration_metrics_and_files(uri: str, tmp_path: Pat
     assert (folder / "viewer" / "mesh.html").read_text() == "<p>hello"
     page = f"http://x:1/#/experiments/{run.experiment_id}/runs/{run.run_id}?"
     assert run.url("http://x:1/").startswith(page)
+
+
+def test_a_training_reports_the_meshes_that_are_there(uri: str, tmp_path: Path) -> None:
+    told = []
+    run = start_run("train-vae", "meshes", uri)
+    report = MLflowReport(run.run_id, uri, "vae", 4, lambda *word: told.append(word))
+    triangle, nothing = np.array([[0, 1, 2]]), np.zeros((0, 3), np.int64)
+    report.meshes(4, {"target": (np.eye(3), triangle), "reconstruction": (np.eye(3), nothing)})
+    report.metrics(4, {"loss": 0.25})
+    report._system.__exit__(None, None, None)
+    assert sorted(artifacts(run, "vae")) == ["vae/step-4-target.glb", "vae/step-4.html"]
+    folder = tmp_path / "mlflow" / "train-vae" / run.run_id / "artifacts" / "vae"
+    assert len(trimesh.load_mesh(folder / "step-4-target.glb").faces) == 1
+    assert "step-4" in (folder / "step-4.html").read_text()
+    assert history(run, "vae/loss") == [(4, 0.25)]
+    assert told == [(4, 4, "loss 0.2500")]
 
 
 def test_how_a_run_ends(uri: str) -> None:

@@ -22,6 +22,7 @@ from tasks import checkpoint
 from tasks.loader import Loader, SampleDataset
 from tasks.storage import open_filesystem
 from tasks.training import (
+    Shown,
     Stage,
     TrainingConfig,
     TrainingDivergedError,
@@ -50,6 +51,7 @@ class Recorder:
         self.losses: dict[int, float] = {}
         self.values: dict[int, dict[str, float]] = {}
         self.pictures: list[tuple[int, str]] = []
+        self.shapes: list[tuple[int, list[str]]] = []
         self.checkpoints: list[int] = []
         self.fail_at = fail_at
 
@@ -60,6 +62,9 @@ class Recorder:
 
     def picture(self, step, name, image):
         self.pictures.append((step, name))
+
+    def meshes(self, step, meshes):
+        self.shapes.append((step, list(meshes)))
 
     def checkpoint(self, step, path):
         self.checkpoints.append(step)
@@ -83,11 +88,12 @@ class Toy(nn.Module):
 
 
 def toy_stage(prepare=lambda batch, device: batch.values, description=None) -> Stage:
-    def pictures(module, inputs, generator):
+    def show(module, inputs, generator):
         assert not module.training
-        return {"slice": np.zeros((2, 2, 3), np.uint8)}
+        triangle = np.eye(3), np.array([[0, 1, 2]])
+        return Shown({"slice": np.zeros((2, 2, 3), np.uint8)}, {"target": triangle})
 
-    return Stage("toy", Toy(), prepare, pictures, description or {"width": 16})
+    return Stage("toy", Toy(), prepare, show, description or {"width": 16})
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +133,7 @@ def test_a_run_reports_and_learns(uninterrupted):
     assert report.losses[12] < 0.7 * report.losses[1]
     assert report.checkpoints == [4, 8, 12]
     assert report.pictures == [(s, "slice") for s in (4, 6, 8, 12)]
+    assert report.shapes == [(12, ["target"])]  # once, at the end
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000008", "step-00000012"]
     values = report.values[12]
     assert set(values) == {
