@@ -7,7 +7,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import Tracked, close_runs, data_root, tracked
+from flows.run import Tracked, close_runs, data_root, preset_of, tracked
 from flows.stages import Means, train_stage
 from tasks import models, tracking
 from tasks.catalogue import DatasetVersion, open_version
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 @flow(name="train-dit", on_cancellation=[close_runs], on_crashed=[close_runs])
 def train_dit(
     stages: list[str] | None = None,
-    preset: str = "tiny",
-    data: str = "data",
+    preset: str | None = None,
+    data: str | None = None,
     version: Annotated[int, Field(ge=0)] | None = None,
     vae: str | None = None,
     workers: Annotated[int, Field(ge=1)] = 1,
@@ -41,8 +41,10 @@ def train_dit(
 
     Args:
         stages: structure and dit-R, in the order to train; None takes all of the preset.
-        preset: tiny, small, paper, or the path of a .toml file.
-        data: data folder, or an address such as s3://bucket/folder.
+        preset: tiny, small, paper, or the path of a .toml file; None takes that of the data
+            folder's last refresh.
+        data: data folder, or an address such as s3://bucket/folder; None takes GIGASHAPE_DATA,
+            else data.
         version: dataset version to train on, a number; None takes the newest.
         vae: registered VAE whose latents to learn, such as gigashape-tiny-vae@champion; None takes
             the preset's champion.
@@ -52,7 +54,7 @@ def train_dit(
             in the data folder, which must then be a folder and no address.
     """
     data = data_root(data)
-    sizes = load_preset(preset)
+    sizes = load_preset(preset_of(data, preset))
     known = ["structure", *sizes.dit_stages()]
     wanted = stages or known
     if unknown := [stage for stage in wanted if stage not in known]:

@@ -8,7 +8,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import close_runs, data_root, markdown_table, publish, tracked
+from flows.run import close_runs, data_root, markdown_table, preset_of, publish, tracked
 from tasks import models, tracking
 from tasks.catalogue import open_version
 from tasks.dataset import log_dataset, samples_of
@@ -38,8 +38,8 @@ Part = Literal["train", "test", "all"]
 @flow(name="evaluate", on_cancellation=[close_runs], on_crashed=[close_runs])
 def evaluate(
     subjects: list[Subject] | None = None,
-    preset: str = "tiny",
-    data: str = "data",
+    preset: str | None = None,
+    data: str | None = None,
     version: Annotated[int, Field(ge=0)] | None = None,
     alias: str = models.CHAMPION,
     candidates: list[str] | None = None,
@@ -57,8 +57,10 @@ def evaluate(
 
     Args:
         subjects: reconstruction, generation; None scores both.
-        preset: the preset that the models were trained with.
-        data: data folder, or an address such as s3://bucket/folder.
+        preset: the preset that the models were trained with; None takes that of the data folder's
+            last refresh.
+        data: data folder, or an address such as s3://bucket/folder; None takes GIGASHAPE_DATA,
+            else data.
         version: dataset version, a number; None takes the newest.
         alias: which registered models: champion or challenger.
         candidates: registered models to score in place of those with the alias, such as
@@ -70,7 +72,7 @@ def evaluate(
         seed: of the noise that generation starts from.
     """
     data = data_root(data)
-    sizes = load_preset(preset)
+    sizes = load_preset(preset_of(data, preset))
     dataset = open_version(data, version)
     uri = tracking.tracking_uri(data)
     given = models.resolve_candidates(sizes, candidates or [], uri)

@@ -13,7 +13,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import close_runs, data_root, markdown_table, publish, tracked
+from flows.run import close_runs, data_root, markdown_table, preset_of, publish, tracked
 from tasks import models, tracking
 from tasks.generation import Shape, load_models, read_picture
 from tasks.generation import generate as generate_shapes
@@ -42,8 +42,8 @@ class Generated:
 def generate(
     images: list[str],
     out: str = "generated",
-    preset: str = "tiny",
-    data: str = "data",
+    preset: str | None = None,
+    data: str | None = None,
     alias: str = models.CHAMPION,
     seed: Annotated[int, Field(ge=0)] = 0,
     background_remover: Literal["rembg"] | None = None,
@@ -55,14 +55,15 @@ def generate(
     Args:
         images: paths of pictures (PNG, JPEG, WebP); PNG and WebP with an alpha channel.
         out: folder to write NAME.glb and NAME-beside.png to.
-        preset: the preset that the models were trained with.
-        data: data folder that holds the model registry.
+        preset: the preset that the models were trained with; None takes that of the data folder's
+            last refresh.
+        data: data folder that holds the model registry; None takes GIGASHAPE_DATA, else data.
         alias: which registered models: champion or challenger.
         seed: of the noise; the same seed gives the same mesh.
         background_remover: for pictures without alpha: rembg, from the extra `matting`.
     """
     data = data_root(data)
-    sizes = load_preset(preset)
+    sizes = load_preset(preset_of(data, preset))
     uri = tracking.tracking_uri(data)
     names = [Path(image).stem for image in images]
     if len(set(names)) < len(names):

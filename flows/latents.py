@@ -7,7 +7,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows.progress import Progress
-from flows.run import close_runs, data_root, markdown_table, publish, tracked
+from flows.run import close_runs, data_root, markdown_table, preset_of, publish, tracked
 from tasks import models, tracking
 from tasks.catalogue import open_version
 from tasks.dataset import log_dataset
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 @flow(name="encode-latents", on_cancellation=[close_runs], on_crashed=[close_runs])
 def encode_latents(
-    preset: str = "tiny",
-    data: str = "data",
+    preset: str | None = None,
+    data: str | None = None,
     version: Annotated[int, Field(ge=0)] | None = None,
     vae: str | None = None,
 ) -> str:
@@ -30,14 +30,16 @@ def encode_latents(
     are not made again. Returns the VAE's name and version.
 
     Args:
-        preset: tiny, small, paper, or the path of a .toml file.
-        data: data folder, or an address such as s3://bucket/folder.
+        preset: tiny, small, paper, or the path of a .toml file; None takes that of the data
+            folder's last refresh.
+        data: data folder, or an address such as s3://bucket/folder; None takes GIGASHAPE_DATA,
+            else data.
         version: dataset version to encode, a number; None takes the newest.
         vae: registered VAE, such as gigashape-tiny-vae@champion or gigashape-tiny-vae/3; None takes
             the preset's champion.
     """
     data = data_root(data)
-    sizes = load_preset(preset)
+    sizes = load_preset(preset_of(data, preset))
     dataset = open_version(data, version)
     uri = tracking.tracking_uri(data)
     autoencoder = models.model_files(models.resolve_vae(sizes, uri, vae), uri)

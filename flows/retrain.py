@@ -10,7 +10,7 @@ from flows.dit import train_dit
 from flows.evaluate import Subject, evaluate
 from flows.latents import encode_latents
 from flows.refresh import refresh_dataset
-from flows.run import close_runs, data_root, markdown_table, publish, tracked
+from flows.run import close_runs, data_root, markdown_table, preset_of, publish, tracked
 from flows.vae import train_vae
 from tasks import models, tracking
 from tasks.catalogue import open_version
@@ -26,8 +26,8 @@ GENERATION_SCORE = "generation/f_score_2_voxels"
 @flow(name="retrain", on_cancellation=[close_runs], on_crashed=[close_runs])
 def retrain(
     source: str | None = None,
-    preset: str = "tiny",
-    data: str = "data",
+    preset: str | None = None,
+    data: str | None = None,
     refresh: bool = True,
     workers: Annotated[int, Field(ge=1)] = 1,
     training_dir: str | None = None,
@@ -40,9 +40,12 @@ def retrain(
     from held-out pictures. What doesn't win stays registered as challenger. Returns the decisions.
 
     Args:
-        source: where assets come from, as in refresh-dataset; None takes the preset's.
-        preset: tiny, small, paper, or the path of a .toml file.
-        data: data folder, or an address such as s3://bucket/folder.
+        source: where assets come from, as in refresh-dataset; None takes that of the data folder's
+            last refresh.
+        preset: tiny, small, paper, or the path of a .toml file; None takes that of the data
+            folder's last refresh.
+        data: data folder, or an address such as s3://bucket/folder; None takes GIGASHAPE_DATA,
+            else data.
         refresh: refresh the dataset first; otherwise take its newest version.
         workers: processes that train together, a GPU each where there are GPUs.
         training_dir: folder for checkpoints, on storage that all workers see; None takes `training`
@@ -50,6 +53,7 @@ def retrain(
         min_gain: how much better a score must be for a promotion, 0 to 1.
     """
     data = data_root(data)
+    preset = preset_of(data, preset)
     sizes = load_preset(preset)
     if not sizes.data.held_out:
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
-from flows.run import close_runs, data_root, tracked
+from flows.run import close_runs, data_root, preset_of, tracked
 from flows.stages import Means, train_stage
 from tasks import models
 from tasks.catalogue import open_version
@@ -17,8 +17,8 @@ from tasks.ray_training import TrainingJob, stage_digest
 
 @flow(name="train-vae", on_cancellation=[close_runs], on_crashed=[close_runs])
 def train_vae(
-    preset: str = "tiny",
-    data: str = "data",
+    preset: str | None = None,
+    data: str | None = None,
     version: Annotated[int, Field(ge=0)] | None = None,
     workers: Annotated[int, Field(ge=1)] = 1,
     fresh: bool = False,
@@ -30,8 +30,10 @@ def train_vae(
     did not change is not done again. Returns the model's name and version.
 
     Args:
-        preset: tiny, small, paper, or the path of a .toml file.
-        data: data folder, or an address such as s3://bucket/folder.
+        preset: tiny, small, paper, or the path of a .toml file; None takes that of the data
+            folder's last refresh.
+        data: data folder, or an address such as s3://bucket/folder; None takes GIGASHAPE_DATA,
+            else data.
         version: dataset version to train on, a number; None takes the newest.
         workers: processes that train together, a GPU each where there are GPUs.
         fresh: train from the start, even where this was done or begun before.
@@ -39,7 +41,7 @@ def train_vae(
             in the data folder, which must then be a folder and no address.
     """
     data = data_root(data)
-    sizes = load_preset(preset)
+    sizes = load_preset(preset_of(data, preset))
     dataset = open_version(data, version)
     samples = tuple(samples_of(dataset))
     stages = [name for name in sizes.training if name.startswith("vae")]
