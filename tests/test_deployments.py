@@ -149,7 +149,7 @@ def retrained(services: Services) -> dict[str, object]:
     for _ in range(2):
         deployed = services.gigashape("deploy")
         assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-    parameters = {"source": "procedural:8", "preset": str(PRESET), "data": str(services.data)}
+    parameters = {"source": "procedural:8", "preset": str(PRESET)}
     refreshed = services.prefect(
         *("deployment", "run", "refresh-dataset/default", "--watch"),
         *("--params", json.dumps(parameters)),
@@ -162,11 +162,19 @@ def retrained(services: Services) -> dict[str, object]:
 @pytest.mark.timeout(600)
 def test_deployments_run_to_completion(services: Services, retrained: dict[str, object]) -> None:
     assert retrained["state_type"] == "COMPLETED"
+    # The preset is that of the last refresh, the data folder that of `gigashape ui`.
     again = services.prefect(
         *("deployment", "run", "retrain/default", "--watch"),
-        *("--params", json.dumps({"preset": str(PRESET), "data": str(services.data)})),
+        *("--params", json.dumps({"source": "procedural:10"})),
     )
     assert again.returncode == 0, again.stdout + again.stderr
+    client = MlflowClient(services.mlflow)
+    (experiment,) = client.search_experiments(filter_string="name = 'retrain'")
+    second, first = client.search_runs([experiment.experiment_id])
+    for kind in ("vae", "transformers"):
+        assert "champion already" in first.data.tags[f"decision.{kind}"]
+        decision = second.data.tags[f"decision.{kind}"]
+        assert re.search("(promoted to champion|kept as challenger).*on the held-out", decision)
     deployments = services.post("deployments/filter", {})
     assert {d["name"] for d in deployments} == {"default"}
     assert len(deployments) == len(DEPLOYED)
@@ -185,14 +193,14 @@ def test_deployments_run_to_completion(services: Services, retrained: dict[str, 
     for link in links:
         run_id = re.search(r"runs/([0-9a-f]+)", str(link))
         assert run_id, link
-        run = MlflowClient(services.mlflow).get_run(run_id.group(1))
+        run = client.get_run(run_id.group(1))
         assert run.info.status == "FINISHED"
 
 
 def start_training(services: Services, preset: Path) -> str:
     """Start a training through its deployment; return the flow run once it has a checkpoint."""
     before = set((services.data / "training").glob("vae-*/step-*"))
-    parameters = {"preset": str(preset), "data": str(services.data)}
+    parameters = {"preset": str(preset)}
     started = services.prefect(
         *("deployment", "run", "train-vae/default"), *("--params", json.dumps(parameters))
     )
