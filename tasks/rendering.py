@@ -11,9 +11,9 @@ Azimuth turns about +y from +x towards +z, so that 90 degrees looks at the front
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from PIL import Image
 
+from model.compiled import compiled
 from model.sdf import SHAPE_SCALE
 from tasks.mesh import Mesh
 
@@ -231,7 +231,7 @@ def _draw(
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _rasterise(  # type: ignore[no-untyped-def]  # numba infers
     pixels,  # [V, 2] float64
     depth,  # [V] float64
@@ -292,7 +292,7 @@ def _rasterise(  # type: ignore[no-untyped-def]  # numba infers
     return seen
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _light(a, b, c):  # type: ignore[no-untyped-def]
     """Return the light in (0, 1] on a face with corners a, b, c [3] in the camera's frame.
 
@@ -313,7 +313,7 @@ def _light(a, b, c):  # type: ignore[no-untyped-def]
     return min(total, 1.0)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _shade(  # type: ignore[no-untyped-def]
     seen,  # [s * size, s * size] int32
     pixels,  # [V, 2] float64, in samples
@@ -350,7 +350,10 @@ def _shade(  # type: ignore[no-untyped-def]
                 weight[0] = (bx * cy - by * cx) / local[a, 2]
                 weight[1] = (cx * ay - cy * ax) / local[b, 2]
                 weight[2] = (ax * by - ay * bx) / local[c, 2]
-                scale = 1 / (weight[0] + weight[1] + weight[2])
+                total = weight[0] + weight[1] + weight[2]
+                if total == 0:  # a sliver that rounding leaves no area: its first corner's colour
+                    weight[0] = total = 1.0
+                scale = 1 / total
                 material = face_material[face]
                 for k in range(3):
                     colour[k] = colours[material, k]

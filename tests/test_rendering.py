@@ -179,3 +179,26 @@ def test_normals_point_at_the_camera() -> None:
     assert mask[25, 25]
     assert normals[mask] == pytest.approx(np.broadcast_to([0.0, 0, 1], (mask.sum(), 3)))
     assert (normals[~mask] == 0).all()
+
+
+def test_a_sliver_whose_weights_cancel_has_its_first_corners_colour() -> None:
+    seen = np.zeros((2, 2), np.int32)
+    pixels = np.full((3, 2), 5.0)  # all corners in one place: every weight is zero
+    local = np.array([[0, 0, -2.0], [1, 0, -2], [0, 1, -2]])
+    white = np.ones((1, 3), np.float32)
+    corner_colours = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32)
+    image = rendering._shade(
+        seen,
+        pixels,
+        local,
+        np.array([[0, 1, 2]]),
+        white,
+        np.zeros(1, np.int32),
+        corner_colours,
+        np.zeros((1, 2), np.float32),
+        np.zeros((1, 3), np.uint8),
+        np.array([[-1, 0, 0]]),
+    )
+    red, green, blue, alpha = image[0, 0]
+    assert alpha == 255
+    assert red > 3 * green == 3 * blue > 0
