@@ -27,7 +27,7 @@ def convert(
     ],
     out: Annotated[Path, typer.Option(help="Where to write the watertight mesh, a .ply")],
     resolution: Annotated[
-        int, typer.Option(min=8, max=2048, help="Voxels along the axis, a multiple of 8")
+        int, typer.Option(min=32, max=2048, help="Voxels along the axis, a multiple of 8")
     ] = 256,
     engine: Annotated[Engine, typer.Option(help="Conversion engine")] = Engine.sparse,
     seconds: Annotated[float, typer.Option(min=0.1, help="Time limit")] = 900.0,

@@ -16,7 +16,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     NUMBA_CACHE_DIR), so that only the first process pays for it, until a kernel's source changes.
     """
     try:
-        kernel = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+        kernel: Any = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:  # numba's "no locator available": a read-only installation without a home
         return numba.njit(nogil=True, error_model="numpy")(function)
     # numba looks at the kernel's own file only: a cached kernel would keep the old code of those

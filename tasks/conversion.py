@@ -10,7 +10,7 @@ from model.compiled import compiled
 from model.marching_cubes import marching_cubes
 from model.sdf import BLOCK, SHAPE_SCALE, SparseSDF
 from tasks.mesh import MeshRejectedError
-from tasks.mesh2sdf_engine import dense_field
+from tasks.mesh2sdf_engine import check_dense_resolution, dense_field
 from tasks.sparse_engine import sparse_field
 
 # Part of a catalogue row's recipe: raise it when a conversion's result changes.
@@ -24,18 +24,28 @@ class Conversion:
     parts_in, parts_out: connected parts of the mesh (faces that share vertices) of more than two
         voxels across that can be seen from outside, and those of them found at the surface of the
         result. Parts hidden in others are in neither. mesh2sdf keeps one part: 1 and 1.
-    closed: the surface of the band, by marching cubes, is closed and consistently oriented.
+    surface: of the band, by marching cubes: vertices [V, 3] float32, faces [F, 3] int64.
+    closed: the surface is closed and consistently oriented.
     sign_method: `flood`, `flood+winding` (winding numbers closed holes) or `mesh2sdf`.
     sign_confidence: how far the winding numbers were from undecided, in [0, 1]; 1 without them.
     """
 
     sdf: SparseSDF
+    surface: tuple[np.ndarray, np.ndarray]
     parts_in: int
     parts_out: int
     closed: bool
     sign_method: str
     sign_confidence: float
     warnings: tuple[str, ...] = ()
+
+
+def check_resolution(resolution: int, engine: Literal["sparse", "mesh2sdf"]) -> None:
+    """Raise ValueError for a resolution that an engine does not take."""
+    if resolution % BLOCK or not 32 <= resolution <= 2048:
+        raise ValueError(f"resolution {resolution}: expected a multiple of 8 from 32 to 2048")
+    if engine == "mesh2sdf":
+        check_dense_resolution(resolution)
 
 
 def convert(
@@ -51,8 +61,7 @@ def convert(
     on a machine compiles them (half a minute). Raises ValueError for what the caller could have
     known, MeshRejectedError (`no_area`, `no_surface`) for what lies in the mesh.
     """
-    if resolution % BLOCK or not 32 <= resolution <= 2048:
-        raise ValueError(f"resolution {resolution}: expected a multiple of 8 from 32 to 2048")
+    check_resolution(resolution, engine)
     vertices, faces = np.asarray(vertices, np.float64), np.asarray(faces, np.int64)
     largest = np.abs(vertices).max(initial=0)
     if not largest <= SHAPE_SCALE + 1e-6:
@@ -71,19 +80,22 @@ def convert(
         method, confidence = result.method, result.confidence
         if result.thin_voxels:
             warnings.append(f"thin: {result.thin_voxels} voxels added to make shells")
-    surface, triangles = marching_cubes(
+    points, triangles = marching_cubes(
         torch.from_numpy(sdf.blocks), torch.from_numpy(sdf.values), resolution
     )
+    surface = points.numpy(), triangles.numpy()
     if not len(triangles):
         raise MeshRejectedError(
             "no_surface", f"nothing of the mesh is larger than a voxel at resolution {resolution}"
         )
-    closed = bool(closed_and_oriented(triangles.numpy(), len(surface)))
+    closed = bool(closed_and_oriented(surface[1], len(points)))
     if not closed:
         warnings.append("open: the surface of the band is not closed")
     if parts_out < parts_in:
         warnings.append(f"parts_lost: {parts_in - parts_out} of {parts_in} parts not found")
-    return Conversion(sdf, parts_in, parts_out, closed, method, confidence, tuple(warnings))
+    return Conversion(
+        sdf, surface, parts_in, parts_out, closed, method, confidence, tuple(warnings)
+    )
 
 
 @compiled

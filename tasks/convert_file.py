@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from model.marching_cubes import marching_cubes
 from tasks.asset_work import compile_kernels
 from tasks.conversion import convert
 from tasks.isolation import Stage
@@ -34,22 +32,18 @@ def convert_file(
         vertices = normalise(mesh.vertices)
         yield Stage("convert")
         conversion = convert(vertices, mesh.faces, resolution, engine)
-        sdf = conversion.sdf
-        surface, faces = marching_cubes(
-            torch.from_numpy(sdf.blocks), torch.from_numpy(sdf.values), resolution
-        )
     except MeshRejectedError as error:
         yield error
         return
     yield Stage("write")
     low, high = mesh.vertices.min(0), mesh.vertices.max(0)
     scale = np.ptp(mesh.vertices, axis=0).max() / np.ptp(vertices, axis=0).max()
-    placed = surface.numpy().astype(np.float64) * scale + low + (high - low) / 2
-    write_ply(placed, faces.numpy(), out)
+    surface, faces = conversion.surface
+    write_ply(surface.astype(np.float64) * scale + low + (high - low) / 2, faces, out)
     yield {
         "resolution": resolution,
-        "band_voxels": sdf.band_voxels,
-        "latent_voxels": len(sdf.blocks),
+        "band_voxels": conversion.sdf.band_voxels,
+        "latent_voxels": len(conversion.sdf.blocks),
         "parts_in": conversion.parts_in,
         "parts_out": conversion.parts_out,
         "closed": conversion.closed,

@@ -12,17 +12,22 @@ from model.sdf import BLOCK, SparseSDF, truncation
 LARGEST = 256
 
 
+def check_dense_resolution(resolution: int) -> None:
+    """Raise ValueError unless the resolution is a power of two, 256 at most."""
+    if resolution > LARGEST or resolution & (resolution - 1):
+        raise ValueError(
+            f"engine mesh2sdf at resolution {resolution}: it builds a dense grid, so it takes "
+            f"powers of two up to {LARGEST}; use engine 'sparse'"
+        )
+
+
 def dense_field(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> SparseSDF:
     """Return the band of normalised triangles [V, 3], [F, 3]; no voxel of it is marked sharp.
 
     mesh2sdf samples at -1 + 2 i / N; moving the mesh by minus half a voxel makes these our
     voxel centres. Raises ValueError for resolutions that are no power of two or above 256.
     """
-    if resolution > LARGEST or resolution & (resolution - 1):
-        raise ValueError(
-            f"engine mesh2sdf at resolution {resolution}: it builds a dense grid, so it takes "
-            f"powers of two up to {LARGEST}; use engine 'sparse'"
-        )
+    check_dense_resolution(resolution)
     shifted = np.ascontiguousarray(vertices - 1 / resolution)
     field = mesh2sdf.compute(shifted, faces, resolution, fix=True, level=2 / resolution)
     values = np.clip(field / truncation(resolution), -1, 1).astype(np.float32)
