@@ -6,19 +6,19 @@ Imports every mesh library and torch; `tasks.processing` names this module inste
 """
 
 from collections.abc import Generator
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
 from PIL import Image
 
-from tasks.conversion import CONVERSION_VERSION, convert
+from tasks.conversion import CONVERSION_VERSION, Conversion, convert
 from tasks.isolation import Stage
 from tasks.mesh import Mesh, MeshRejectedError, normalise
 from tasks.processing import Converted, Job, Prepared, Rejected, Settings
 from tasks.rendering import View, render_views
-from tasks.shards import StoredView
+from tasks.shards import StoredView, encode_sdf
 from tasks.sources import Source, open_source
 
 # Part of a catalogue row's recipe: raise it when reading, normalising, rendering or what is stored
@@ -67,10 +67,21 @@ def process_asset(
     for resolution in sorted(job.resolutions):
         yield Stage(f"convert-{resolution}")
         try:
-            conversion = convert(mesh.vertices, mesh.faces, resolution, settings.engine)
-            yield Converted(*(getattr(conversion, item.name) for item in fields(Converted)))
+            yield _converted(convert(mesh.vertices, mesh.faces, resolution, settings.engine))
         except MeshRejectedError as error:
             yield Rejected(resolution, error.reason, error.detail)
+
+
+def _converted(conversion: Conversion) -> Converted:
+    return Converted(
+        encode_sdf(conversion.sdf),
+        conversion.parts_in,
+        conversion.parts_out,
+        conversion.closed,
+        conversion.sign_method,
+        conversion.sign_confidence,
+        conversion.warnings,
+    )
 
 
 def _stored(view: View) -> StoredView:

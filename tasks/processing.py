@@ -11,11 +11,18 @@ from typing import Literal
 import numpy as np
 import pyarrow.parquet as pq
 
-from model.sdf import SparseSDF
 from tasks.catalogue import Row, to_table
 from tasks.isolation import IsolatedFunction, Limits, Outcome
 from tasks.planning import Wanted
-from tasks.shards import ASSETS_FILE, AssetRow, ShardWriter, Stored, StoredView, sdf_file
+from tasks.shards import (
+    ASSETS_FILE,
+    AssetRow,
+    EncodedSDF,
+    ShardWriter,
+    Stored,
+    StoredView,
+    sdf_file,
+)
 from tasks.sources import SourceAsset
 from tasks.storage import atomic_file, open_filesystem
 
@@ -54,9 +61,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Converted:
-    """What conversion made of an asset at one resolution; see `tasks.conversion.Conversion`."""
+    """What conversion made of an asset at one resolution; see `tasks.conversion.Conversion`.
 
-    sdf: SparseSDF
+    Encoded in the child: its parent holds all resolutions at once.
+    """
+
+    sdf: EncodedSDF
     parts_in: int
     parts_out: int
     closed: bool
@@ -156,7 +166,7 @@ def _rows(
     conversions = {v.sdf.resolution: v for v in outcome.values if isinstance(v, Converted)}
     rejections = {v.resolution: v for v in outcome.values if isinstance(v, Rejected)}
     stored: Stored | None = None
-    if prepared is not None and conversions:
+    if prepared is not None and any(conversion.closed for conversion in conversions.values()):
         stored = writer.add_asset(
             AssetRow(
                 job.wanted.asset_id,
@@ -182,8 +192,8 @@ def _rows(
             row = replace(row, faces=len(prepared.faces), warnings=prepared.warnings)
         rejected = rejections.get(resolution, rejections.get(None))
         conversion = conversions.get(resolution)
-        if conversion is not None and stored is not None:
-            row = _ready(row, conversion, stored, writer, shard)
+        if conversion is not None:
+            row = _converted_row(row, conversion, stored, writer, shard)
         elif rejected is not None:
             row = replace(row, status="rejected", reason=rejected.reason, detail=rejected.detail)
         elif outcome.failure is not None:
@@ -195,8 +205,10 @@ def _rows(
     return rows
 
 
-def _ready(row: Row, conversion: Converted, asset: Stored, writer: ShardWriter, shard: str) -> Row:
-    """Store a conversion and return its row; a field that cannot be stored is a failure."""
+def _converted_row(
+    row: Row, conversion: Converted, asset: Stored | None, writer: ShardWriter, shard: str
+) -> Row:
+    """Store a conversion and return its row; one whose surface is open is a failure of ours."""
     row = replace(
         row,
         warnings=(*row.warnings, *conversion.warnings),
@@ -208,12 +220,15 @@ def _ready(row: Row, conversion: Converted, asset: Stored, writer: ShardWriter, 
         band_voxels=conversion.sdf.band_voxels,
         latent_voxels=len(conversion.sdf.blocks),
     )
-    try:
-        sdf = writer.add_sdf(row.asset_id, conversion.sdf)
-    except ValueError as error:
+    if not conversion.closed:
         return replace(
-            row, reason="invalid_sdf", detail=str(error), stage=f"convert-{row.resolution}"
+            row,
+            reason="open_surface",
+            detail="the surface of the converted field is not closed and consistently oriented",
+            stage=f"convert-{row.resolution}",
         )
+    assert asset is not None
+    sdf = writer.add_sdf(row.asset_id, conversion.sdf)
     return replace(
         row,
         status="ready",

@@ -64,6 +64,25 @@ class AssetRow:
 
 
 @dataclass(frozen=True)
+class EncodedSDF:
+    """A `SparseSDF` as it is stored, two and an eighth bytes a voxel instead of five.
+
+    blocks: [B, 3] int32. codes: [B, 8, 8, 8] little-endian int16, see `quantise`. sharp: [B * 64]
+    uint8, a bit a voxel, most significant first.
+    """
+
+    resolution: int
+    blocks: np.ndarray
+    codes: np.ndarray
+    sharp: np.ndarray
+
+    @property
+    def band_voxels(self) -> int:
+        """Number of voxels with |sdf| < tau."""
+        return int(np.count_nonzero((self.codes != -_LAST - 1) & (self.codes != _LAST)))
+
+
+@dataclass(frozen=True)
 class Stored:
     """Where a row went, and the SHA-256 of its content (not of its encoding in the file)."""
 
@@ -202,6 +221,16 @@ def quantise(values: np.ndarray) -> np.ndarray:
     return codes
 
 
+def encode_sdf(sdf: SparseSDF) -> EncodedSDF:
+    """Return a field as it is stored; raises ValueError where its values are not in [-1, 1]."""
+    return EncodedSDF(
+        sdf.resolution,
+        np.ascontiguousarray(sdf.blocks, np.int32),
+        quantise(sdf.values).astype("<i2"),
+        np.packbits(sdf.sharp),
+    )
+
+
 def dequantise(codes: np.ndarray) -> np.ndarray:
     """Return the float32 values of int16 codes."""
     values = (codes.astype(np.float32) + np.float32(0.5)) / np.float32(32768)
@@ -262,19 +291,17 @@ class ShardWriter:
         content = [row["vertices"], row["faces"], *(v.png for v in asset.views)]
         return self._append(ASSETS_FILE, asset_schema(len(asset.views)), row, content)
 
-    def add_sdf(self, asset_id: str, sdf: SparseSDF) -> Stored:
+    def add_sdf(self, asset_id: str, sdf: EncodedSDF) -> Stored:
         """Append the signed distances of an asset."""
-        codes = quantise(sdf.values).astype("<i2")
-        blocks = np.ascontiguousarray(sdf.blocks, np.int32).ravel()
         row = {
             "asset_id": asset_id,
             "resolution": sdf.resolution,
-            "tau": sdf.tau,
-            "blocks": blocks,
-            "values": codes.tobytes(),
-            "sharp": np.packbits(sdf.sharp).tobytes(),
+            "tau": truncation(sdf.resolution),
+            "blocks": sdf.blocks.ravel(),
+            "values": sdf.codes.tobytes(),
+            "sharp": sdf.sharp.tobytes(),
         }
-        content = [blocks, codes, row["sharp"]]
+        content = [sdf.blocks, sdf.codes, sdf.sharp]
         return self._append(sdf_file(sdf.resolution), SDF_SCHEMA, row, content)
 
     def add_latents(

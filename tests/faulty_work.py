@@ -12,7 +12,7 @@ import numpy as np
 from model.sdf import SparseSDF
 from tasks.isolation import Stage
 from tasks.processing import Converted, Job, Prepared, Rejected, Settings
-from tasks.shards import StoredView
+from tasks.shards import StoredView, encode_sdf
 
 
 def sphere(resolution: int, radius: float) -> SparseSDF:
@@ -68,4 +68,5 @@ def work(job: Job, settings: Settings) -> Iterator[object]:
             ctypes.string_at(0)
         else:
             sdf = sphere(resolution, 0.5 + len(job.asset.uri) / 100)
-            yield Converted(sdf, 1, 1, True, "flood", 1.0, ())
+            closed = fault != f"open_{resolution}"
+            yield Converted(encode_sdf(sdf), 1, 1, closed, "flood", 1.0, ())

@@ -9,7 +9,7 @@ from PIL import Image
 
 from model.sdf import SparseSDF, truncation, voxel_centres
 from tasks.samples import SampleRef
-from tasks.shards import AssetRow, ShardWriter, StoredView, sdf_file
+from tasks.shards import AssetRow, ShardWriter, StoredView, encode_sdf, sdf_file
 from tasks.storage import open_filesystem
 
 
@@ -57,7 +57,7 @@ def write_spheres(
                 np.array([[0, 1, 2]], np.int32),
                 tuple(disc_view(radius, view_size, 40 * j) for j in range(views)),
             )
-            asset, stored = writer.add_asset(row), writer.add_sdf(asset_id, sdf)
+            asset, stored = writer.add_asset(row), writer.add_sdf(asset_id, encode_sdf(sdf))
             samples.append(
                 SampleRef(
                     asset_id,

@@ -166,7 +166,7 @@ def test_a_stale_recipe_a_new_resolution_and_a_lost_file(folder: Folder) -> None
 
 
 def test_a_bad_asset_is_a_row_and_stops_nothing(folder: Folder) -> None:
-    bad = ["segfault", "hog", "exception", "reject", "reject_16", "segfault_32"]
+    bad = ["segfault", "hog", "exception", "reject", "reject_16", "segfault_32", "open_16"]
     folder.write(**{name: name for name in bad}, good="good", better="good 2")
     report = folder.refresh(failure_budget=0.9)
     rows = {(r.uris[0].removesuffix(".obj"), r.resolution): r for r in report.version.rows()}
@@ -183,6 +183,8 @@ def test_a_bad_asset_is_a_row_and_stops_nothing(folder: Folder) -> None:
         **{(name, r): outcome for name, outcome in both.items() for r in (16, 32)},
         ("reject_16", 16): ("rejected", "no_surface", ""),
         ("reject_16", 32): ("ready", "", ""),
+        ("open_16", 16): ("failed", "open_surface", "convert-16"),
+        ("open_16", 32): ("ready", "", ""),
         ("segfault_32", 16): ("ready", "", ""),
         ("segfault_32", 32): ("failed", "crashed", "convert-32"),
     }
@@ -191,14 +193,14 @@ def test_a_bad_asset_is_a_row_and_stops_nothing(folder: Folder) -> None:
     assert rows["hog", 16].peak_bytes > 550 * 2**20
     assert rows["good", 16].warnings == ("odd: a little",)
     folder.check_arrays(report.version.rows())
-    assert len(folder.calls()) == 8
+    assert len(folder.calls()) == 9
 
-    assert folder.refresh(failure_budget=0.9).plan.counts() == {"unchanged": 16}
+    assert folder.refresh(failure_budget=0.9).plan.counts() == {"unchanged": 18}
     assert folder.calls() == []
     (folder.path / "hog.obj").unlink()
     again = folder.refresh(failure_budget=0.9, retry_failed=True)
-    assert again.plan.counts() == {"retry": 5, "gone": 2, "unchanged": 9}
-    assert folder.calls() == ["exception", "segfault", "segfault_32"]
+    assert again.plan.counts() == {"retry": 6, "gone": 2, "unchanged": 10}
+    assert folder.calls() == ["exception", "open_16", "segfault", "segfault_32"]
     assert folder.leftovers() == []
 
 

@@ -24,6 +24,7 @@ from tasks.shards import (
     StoredView,
     asset_schema,
     dequantise,
+    encode_sdf,
     quantise,
     read_geometry,
     read_image,
@@ -100,12 +101,13 @@ def test_shard_round_trip(rows: list[tuple[int, int]]) -> None:
     with ShardWriter(filesystem, "/data/shards/s") as writer:
         for index, (asset, sdf) in enumerate(zip(assets, sdfs, strict=True)):
             assert writer.add_asset(asset).row_group == index
-            assert writer.add_sdf(asset.asset_id, sdf).row_group == index
+            assert writer.add_sdf(asset.asset_id, encode_sdf(sdf)).row_group == index
     for index, (asset, sdf) in enumerate(zip(assets, sdfs, strict=True)):
         got = read_sdf(filesystem, shard_path("/data", "s", "sdf-64.parquet"), index)
         assert got.resolution == sdf.resolution
         np.testing.assert_array_equal(got.blocks, sdf.blocks)
         np.testing.assert_array_equal(got.values, dequantise(quantise(sdf.values)))
+        assert encode_sdf(sdf).band_voxels == sdf.band_voxels == got.band_voxels
         np.testing.assert_array_equal(got.sharp, sdf.sharp)
         assert got.values.dtype == np.float32
         assert got.sharp.dtype == bool
@@ -161,7 +163,7 @@ def shard(tmp_path: Path) -> tuple[Path, ShardWriter]:
     with ShardWriter(LOCAL, f"{tmp_path}/shards/s") as writer:
         for seed in range(3):
             writer.add_asset(random_asset(seed))
-            writer.add_sdf(f"{seed:064x}", random_sdf(seed, blocks=40))
+            writer.add_sdf(f"{seed:064x}", encode_sdf(random_sdf(seed, blocks=40)))
     return tmp_path / "shards" / "s", writer
 
 
@@ -245,7 +247,7 @@ def test_one_picture_is_read_without_the_others(tmp_path: Path) -> None:
 def test_a_flipped_byte_is_found(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("flip")
     with ShardWriter(LOCAL, f"{root}/shards/s") as writer:
-        writer.add_sdf("a", random_sdf(0))
+        writer.add_sdf("a", encode_sdf(random_sdf(0)))
     path = root / "shards/s/sdf-64.parquet"
     content = bytearray(path.read_bytes())
     position = data.draw(st.integers(0, len(content) - 1))
