@@ -4,6 +4,7 @@ The work itself (`tasks.asset_work`) is named, not imported: its libraries cost 
 only the child needs them.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -97,6 +98,17 @@ def _isolated(function: str, limits: Limits) -> IsolatedFunction:
     return _child
 
 
+@dataclass(frozen=True)
+class Shard:
+    """What came of a shard: its rows, and seconds of its work that are no one asset's.
+
+    seconds: `start` of the child and its imports, `write` of meshes, views, fields and rows.
+    """
+
+    rows: list[Row]
+    seconds: dict[str, float]
+
+
 def process_shard(
     root: str,
     shard: str,
@@ -105,8 +117,8 @@ def process_shard(
     recipe: str,
     limits: Limits,
     process: str,
-) -> list[Row]:
-    """Process some assets into one shard; returns their rows, which are staged on disk, too.
+) -> Shard:
+    """Process some assets into one shard; its rows are staged on disk, too.
 
     The staging file is written after the shard's files are complete, so that its presence means
     that its rows can be used. process: names the work on one asset. Whatever an asset does is a
@@ -115,9 +127,13 @@ def process_shard(
     filesystem, path = open_filesystem(root)
     child = _isolated(process, limits)
     rows = []
+    began, called_for, in_stages = time.monotonic(), 0.0, 0.0
     with ShardWriter(filesystem, f"{path}/shards/{shard}") as writer:
         for job in jobs:
+            called = time.monotonic()
             outcome = child.run(job, settings)
+            called_for += time.monotonic() - called
+            in_stages += sum(outcome.seconds.values())
             rows += _rows(job, outcome, writer, shard, recipe, limits)
     files = writer.files
     rows = [
@@ -131,7 +147,8 @@ def process_shard(
         for row in rows
     ]
     stage_rows(root, shard, rows)
-    return rows
+    write = time.monotonic() - began - called_for
+    return Shard(rows, {"start": called_for - in_stages, "write": write})
 
 
 def stage_rows(root: str, shard: str, rows: Sequence[Row]) -> None:

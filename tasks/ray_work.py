@@ -23,7 +23,8 @@ from ray.exceptions import RayError, RayTaskError
 
 logger = logging.getLogger(__name__)
 
-CHUNKS_A_WORKER = 4  # at least, so that the work ends evenly and progress shows
+# A chunk is a quarter of a worker's share of what is left: they shrink, and the work ends evenly.
+CHUNKS_A_WORKER = 4
 OBJECT_STORE_BYTES = 100 * 2**20  # Ray carries catalogue rows only; arrays go to disk
 
 Item = TypeVar("Item")
@@ -49,25 +50,29 @@ def run_chunks(
     *,
     most: int,
     workers: int,
+    memory: int,
     address: str | None,
 ) -> Generator[Chunk[Item, Result], None, None]:
-    """Call function(chunk name, chunk) on Ray for items in chunks of `most`, in parallel.
+    """Call function(chunk name, chunk) on Ray for items in chunks of at most `most`, in parallel.
 
-    workers: chunks at work at once, 0 for one a core; address: of a cluster, None for the session
-    of this process or a new local one. Yields chunks as they finish. What a dead worker left is
-    done again, then item by item, so that one that kills its workers takes no other with it. An
-    exception in function is raised. Closing the generator cancels what is at work.
+    workers: chunks at work at once, 0 for one a core, and never more than memory allows; memory:
+    bytes that one may take; address: of a cluster, None for the session of this process or a new
+    local one. Items are taken in their order, in ever smaller chunks: give the dearest first.
+
+    Yields chunks as they finish. What a dead worker left is done again, then item by item, so that
+    one that kills its workers takes no other with it. Raises what function raises, and ValueError
+    where no machine has the memory. Closing the generator cancels what is at work.
     """
     if not items:
         return
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:6]}"
     names = (f"{run}-{number:05d}" for number in itertools.count())
     with session(workers, address) as width:
-        size = min(most, math.ceil(len(items) / (CHUNKS_A_WORKER * width)))
-        for length in (size, size, 1):
-            chunks = [list(items[i : i + length]) for i in range(0, len(items), length)]
+        _check_memory(memory, width)
+        for length in (most, most, 1):
+            chunks = _shrinking(items, length, width)
             dead = []
-            for chunk in _run(function, zip(names, chunks, strict=False), width):
+            for chunk in _run(function, zip(names, chunks, strict=False), width, memory):
                 if isinstance(chunk.result, WorkerDiedError):
                     logger.warning("%s", chunk.result)
                     dead.append(chunk)
@@ -77,17 +82,44 @@ def run_chunks(
     yield from dead
 
 
+def _shrinking(items: Sequence[Item], most: int, width: int) -> list[list[Item]]:
+    """Cut items into chunks of at most `most`, the last ones of a single item."""
+    chunks, start = [], 0
+    while start < len(items):
+        size = min(most, math.ceil((len(items) - start) / (CHUNKS_A_WORKER * width)))
+        chunks.append(list(items[start : start + size]))
+        start += size
+    return chunks
+
+
+def _check_memory(memory: int, width: int) -> None:
+    """Raise ValueError if no machine can hold one chunk's work: Ray would wait for one for ever."""
+    machines = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    if memory > max(machines):
+        raise ValueError(
+            f"one asset may take {memory / 2**30:.1f} GiB, and the largest machine had "
+            f"{max(machines) / 2**30:.1f} GiB free when Ray started: end other programs, lower the "
+            "resolutions or the memory limit of an asset, or add a larger machine"
+        )
+    fitting = sum(int(free // memory) for free in machines)
+    if fitting < width:
+        logger.warning(
+            "memory for %d of %d workers at %.1f GiB each", fitting, width, memory / 2**30
+        )
+
+
 def _run(
     function: Callable[[str, list[Item]], Result],
     chunks: Iterator[tuple[str, list[Item]]],
     width: int,
+    memory: int,
 ) -> Iterator[Chunk[Item, Result]]:
-    """Run each chunk once, two a worker in flight."""
-    task: Any = ray.remote(max_retries=0, num_cpus=1)(_call)
+    """Run each chunk once, `width` at a time."""
+    task: Any = ray.remote(max_retries=0, num_cpus=1, memory=memory)(_call)
     flying: dict[Any, tuple[str, list[Item]]] = {}
     try:
         while True:
-            for name, items in itertools.islice(chunks, 2 * width - len(flying)):
+            for name, items in itertools.islice(chunks, width - len(flying)):
                 flying[task.remote(function, name, items)] = name, items
             if not flying:
                 return

@@ -21,6 +21,7 @@ from pyarrow import fs
 from tasks import catalogue
 from tasks.asset_work import recipe
 from tasks.catalogue import DatasetVersion, Key, Row, storable
+from tasks.conversion import check_resolution
 from tasks.isolation import Limits
 from tasks.planning import WORK, Plan, Wanted, plan
 from tasks.processing import (
@@ -40,6 +41,13 @@ logger = logging.getLogger(__name__)
 
 # So many failed rows are never too many: a share means little in a small dataset.
 FREE_FAILURES = 3
+# What the work on one asset may take where a configuration does not say, by highest resolution:
+# twice the worst that was measured (benchmarks/README.md), libraries included. mesh2sdf is dense.
+SPARSE_BYTES = {512: 3 * 2**29, 1024: 4 * 2**30, 2048: 8 * 2**30}
+MESH2SDF_BYTES = 3 * 2**30
+# The Ray worker beside the child: its libraries, and an asset's data on its way to Parquet, which
+# grows with what the child may take.
+PARENT_BYTES, PARENT_SHARE = 2**28, 1 / 8
 # An object store has no lock: a shard there that nothing refers to may be in the making.
 ORPHAN_AGE = timedelta(days=1)
 
@@ -55,9 +63,10 @@ class RefreshConfig:
     """What a data folder is to hold, and the means to make it.
 
     root: data folder or URI. source: such as `folder:PATH`. resolutions: voxels along an axis,
-    multiples of 8. licences: keep assets under these only, all for None. views, view_size:
-    pictures an asset, pixels of a side. held_out: share of assets in the `test` split. seconds,
-    bytes: limits of one asset's work, all resolutions together. workers: assets at work at once, 0
+    multiples of 8 from 32 to 2048. licences: keep assets under these only, all for None. views,
+    view_size: pictures an asset, pixels of a side. held_out: share of assets in the `test` split.
+    seconds, bytes: limits of one asset's work, all resolutions together; for None the highest
+    resolution says how many bytes. workers: assets at work at once, 0
     for one a core. shard_assets: most assets a shard. failure_budget: share of rows that may have
     failed. retry_failed: try those again that crashed or exceeded their limits. ray_address: of a
     cluster, such as `auto`; None takes the session of this process or starts a local one.
@@ -72,7 +81,7 @@ class RefreshConfig:
     view_size: int = 512
     held_out: float = 0.0
     seconds: float = 900.0
-    bytes: int = 6 * 2**30
+    bytes: int | None = None
     workers: int = 0
     shard_assets: int = 32
     failure_budget: float = 0.2
@@ -80,13 +89,15 @@ class RefreshConfig:
     ray_address: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.resolutions or any(r <= 0 or r % 8 for r in self.resolutions):
-            raise ValueError(f"resolutions are {self.resolutions}; take multiples of 8, at least 8")
+        if not self.resolutions:
+            raise ValueError("there are no resolutions; take multiples of 8 from 32 to 2048")
+        for resolution in self.resolutions:
+            check_resolution(resolution, self.engine)
         for name in ("held_out", "failure_budget"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; take a share from 0 to 1")
         for name in ("seconds", "bytes", "shard_assets", "view_size"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above zero")
 
     @property
@@ -97,7 +108,17 @@ class RefreshConfig:
     @property
     def limits(self) -> Limits:
         """Time and memory of one asset's work."""
-        return Limits(self.seconds, self.bytes)
+        if self.bytes is not None:
+            return Limits(self.seconds, self.bytes)
+        if self.engine == "mesh2sdf":
+            return Limits(self.seconds, MESH2SDF_BYTES)
+        highest = max(self.resolutions)
+        return Limits(self.seconds, next(b for r, b in SPARSE_BYTES.items() if highest <= r))
+
+    @property
+    def worker_bytes(self) -> int:
+        """Memory that Ray sets aside for an asset at work: the child's limit and its parent."""
+        return int(self.limits.bytes * (1 + PARENT_SHARE)) + PARENT_BYTES
 
 
 @dataclass(frozen=True)
@@ -106,8 +127,8 @@ class RefreshReport:
 
     version, previous: the newest version after and before; the same when nothing changed.
     outcomes: rows of the new version by status and reason, such as `rejected: no_area`.
-    seconds: wall-clock time of the refresh's steps. stage_seconds: work of the children by stage,
-    in this refresh. bytes_written: size of the shards written in this refresh.
+    seconds: wall-clock time of the refresh's steps. stage_seconds: work of the workers by stage, in
+    this refresh. bytes_written: size of the shards written in this refresh.
     """
 
     version: DatasetVersion
@@ -172,13 +193,9 @@ def refresh(
         state.plan,
         _outcomes(version.rows()),
         seconds,
-        _stage_seconds(finished.rows),
+        _stage_seconds(finished),
         _size(config.root, finished.shards),
     )
-
-
-def _silent(done: int, total: int, text: str) -> None:
-    logger.debug("%d of %d assets: %s", done, total, text)
 
 
 def _look(config: RefreshConfig) -> _State:
@@ -253,10 +270,11 @@ def _remove_orphans(root: str, state: _State) -> None:
 
 @dataclass
 class _Finished:
-    """What a refresh has done so far: rows, and the shards they were written under."""
+    """What a refresh has done so far: rows, the shards they were written under, times of those."""
 
     rows: list[Row]
     shards: list[str]
+    seconds: dict[str, float]
 
 
 def _process(config: RefreshConfig, state: _State, progress: Report, process: str) -> _Finished:
@@ -269,7 +287,9 @@ def _process(config: RefreshConfig, state: _State, progress: Report, process: st
         for asset, wanted in state.assets
         if wanted.asset_id in wanted_at
     ]
-    finished = _Finished([], [])
+    # The largest first: one that came last would keep its worker while the others have no work.
+    jobs.sort(key=lambda job: -job.asset.size)
+    finished = _Finished([], [], {})
     kept = {row.key: row for row in state.rows}
     before = [kept[entry.key] for entry in state.plan.of("unchanged", "relabelled")]
     before += [state.staged[entry.key] for entry in state.plan.of("staged")]
@@ -287,14 +307,21 @@ def _process(config: RefreshConfig, state: _State, progress: Report, process: st
         process=process,
     )
     chunks = run_chunks(
-        work, jobs, most=config.shard_assets, workers=config.workers, address=config.ray_address
+        work,
+        jobs,
+        most=config.shard_assets,
+        workers=config.workers,
+        memory=config.worker_bytes,
+        address=config.ray_address,
     )
     with closing(chunks):
         for chunk in chunks:
             if isinstance(chunk.result, WorkerDiedError):
                 rows = _died(config, chunk.name, chunk.items, chunk.result)
             else:
-                rows = chunk.result
+                rows = chunk.result.rows
+                for stage, seconds in chunk.result.seconds.items():
+                    finished.seconds[stage] = finished.seconds.get(stage, 0.0) + seconds
             finished.rows += rows
             finished.shards.append(chunk.name)
             _check_budget(config, [*before, *finished.rows], total)
@@ -354,12 +381,12 @@ def _outcomes(rows: Sequence[Row]) -> dict[str, int]:
     return dict(Counter(names).most_common())
 
 
-def _stage_seconds(rows: Sequence[Row]) -> dict[str, float]:
-    seconds: dict[str, float] = defaultdict(float)
-    for row in {row.asset_id: row for row in rows}.values():
+def _stage_seconds(finished: _Finished) -> dict[str, float]:
+    seconds: dict[str, float] = defaultdict(float, finished.seconds)
+    for row in {row.asset_id: row for row in finished.rows}.values():
         seconds["load"] += row.seconds_load or 0.0
         seconds["render"] += row.seconds_render or 0.0
-    for row in rows:
+    for row in finished.rows:
         seconds[f"convert-{row.resolution}"] += row.seconds_convert or 0.0
     return dict(seconds)
 

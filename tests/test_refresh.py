@@ -43,7 +43,7 @@ class Folder:
         self.config = RefreshConfig(
             root,
             f"folder:{self.path}",
-            (16, 32),
+            (32, 64),
             views=2,
             view_size=8,
             seconds=60,
@@ -68,9 +68,9 @@ class Folder:
         return sorted(name.removesuffix(".obj") for name in names)
 
     def rows(self) -> dict[str, Row]:
-        """The newest rows at resolution 16 by name."""
+        """The newest rows at resolution 32 by name."""
         rows = open_version(self.root).rows()
-        return {row.uris[0].removesuffix(".obj"): row for row in rows if row.resolution == 16}
+        return {row.uris[0].removesuffix(".obj"): row for row in rows if row.resolution == 32}
 
     def check_arrays(self, rows: list[Row]) -> None:
         """Check that every ready row's arrays are there, whole and its own."""
@@ -107,7 +107,10 @@ def test_only_what_changed_is_done(folder: Folder) -> None:
     assert report.plan.counts() == {"new": 8}
     assert report.outcomes == {"ready": 8}
     assert report.changed_share == 1
-    assert set(report.stage_seconds) == {"load", "render", "convert-16", "convert-32"}
+    assert set(report.stage_seconds) == {
+        *("start", "load", "render", "convert-32", "convert-64", "write"),
+    }
+    assert min(report.stage_seconds.values()) > 0
     assert report.bytes_written > 10_000
     assert seen[0] == (0, 4, "")
     assert seen[-1] == (4, 4, "8 ready")
@@ -147,26 +150,26 @@ def test_a_stale_recipe_a_new_resolution_and_a_lost_file(folder: Folder) -> None
     folder.write(a="good 1", bb="good 2")
     first = folder.refresh().version
     folder.calls()
-    report = folder.refresh(resolutions=(16, 40))
+    report = folder.refresh(resolutions=(32, 40))
     assert report.plan.counts() == {"new": 2, "gone": 2, "unchanged": 2}
     assert folder.calls() == ["a", "bb"]
-    report = folder.refresh(views=3, resolutions=(16,))
+    report = folder.refresh(views=3, resolutions=(32,))
     assert {e.reason for e in report.plan.of("stale")} == {"views 2x8 -> 3x8"}
     folder.refresh()
     shard = folder.rows()["a"].shard
-    lost = shard_path(folder.root, shard, "sdf-32.parquet")
+    lost = shard_path(folder.root, shard, "sdf-64.parquet")
     Path(lost).unlink()
     folder.calls()
     report = folder.refresh()
     assert {e.reason for e in report.plan.of("stale")} == {
-        f"shards/{shard}/sdf-32.parquet is missing"
+        f"shards/{shard}/sdf-64.parquet is missing"
     }
     folder.check_arrays(report.version.rows())
     folder.check_arrays(first.rows())
 
 
 def test_a_bad_asset_is_a_row_and_stops_nothing(folder: Folder) -> None:
-    bad = ["segfault", "hog", "exception", "reject", "reject_16", "segfault_32", "open_16"]
+    bad = ["segfault", "hog", "exception", "reject", "reject_32", "segfault_64", "open_32"]
     folder.write(**{name: name for name in bad}, good="good", better="good 2")
     report = folder.refresh(failure_budget=0.9)
     rows = {(r.uris[0].removesuffix(".obj"), r.resolution): r for r in report.version.rows()}
@@ -180,18 +183,18 @@ def test_a_bad_asset_is_a_row_and_stops_nothing(folder: Folder) -> None:
         "better": ("ready", "", ""),
     }
     assert got == {
-        **{(name, r): outcome for name, outcome in both.items() for r in (16, 32)},
-        ("reject_16", 16): ("rejected", "no_surface", ""),
-        ("reject_16", 32): ("ready", "", ""),
-        ("open_16", 16): ("failed", "open_surface", "convert-16"),
-        ("open_16", 32): ("ready", "", ""),
-        ("segfault_32", 16): ("ready", "", ""),
-        ("segfault_32", 32): ("failed", "crashed", "convert-32"),
+        **{(name, r): outcome for name, outcome in both.items() for r in (32, 64)},
+        ("reject_32", 32): ("rejected", "no_surface", ""),
+        ("reject_32", 64): ("ready", "", ""),
+        ("open_32", 32): ("failed", "open_surface", "convert-32"),
+        ("open_32", 64): ("ready", "", ""),
+        ("segfault_64", 32): ("ready", "", ""),
+        ("segfault_64", 64): ("failed", "crashed", "convert-64"),
     }
-    assert "OverflowError: too round" in rows["exception", 16].detail
-    assert "SIGSEGV" in rows["segfault", 16].detail
-    assert rows["hog", 16].peak_bytes > 550 * 2**20
-    assert rows["good", 16].warnings == ("odd: a little",)
+    assert "OverflowError: too round" in rows["exception", 32].detail
+    assert "SIGSEGV" in rows["segfault", 32].detail
+    assert rows["hog", 32].peak_bytes > 550 * 2**20
+    assert rows["good", 32].warnings == ("odd: a little",)
     folder.check_arrays(report.version.rows())
     assert len(folder.calls()) == 9
 
@@ -200,7 +203,7 @@ def test_a_bad_asset_is_a_row_and_stops_nothing(folder: Folder) -> None:
     (folder.path / "hog.obj").unlink()
     again = folder.refresh(failure_budget=0.9, retry_failed=True)
     assert again.plan.counts() == {"retry": 6, "gone": 2, "unchanged": 10}
-    assert folder.calls() == ["exception", "open_16", "segfault", "segfault_32"]
+    assert folder.calls() == ["exception", "open_32", "segfault", "segfault_64"]
     assert folder.leftovers() == []
 
 
@@ -324,7 +327,7 @@ def test_orphans_go_and_old_versions_keep_their_shards(folder: Folder) -> None:
     folder.write(a="good 1")
     first = folder.refresh().version
     folder.write(a="good 2")
-    orphan = Path(folder.root) / "shards/orphan/sdf-16.parquet"
+    orphan = Path(folder.root) / "shards/orphan/sdf-32.parquet"
     orphan.parent.mkdir()
     orphan.write_bytes(b"half")
     # A worker that outlived its driver stages rows of a shard that was taken for an orphan.
@@ -351,8 +354,14 @@ def test_one_refresh_at_a_time(folder: Folder) -> None:
 def test_an_empty_source_and_bad_figures_are_refused(folder: Folder) -> None:
     with pytest.raises(ValueError, match="no assets"):
         folder.refresh()
-    with pytest.raises(ValueError, match="multiples of 8"):
-        folder.refresh(resolutions=(20,))
+    with pytest.raises(ValueError, match="multiple of 8"):
+        folder.refresh(resolutions=(36,))
+    with pytest.raises(ValueError, match="from 32 to 2048"):
+        folder.refresh(resolutions=(24, 64))
+    with pytest.raises(ValueError, match="powers of two up to 256"):
+        folder.refresh(resolutions=(512,), engine="mesh2sdf")
+    with pytest.raises(ValueError, match="bytes"):
+        folder.refresh(bytes=0)
     with pytest.raises(ValueError, match="failure_budget"):
         folder.refresh(failure_budget=2.0)
 
@@ -363,7 +372,73 @@ def _explode(name: str, items: list[int]) -> int:
 
 def test_an_error_of_ours_stops_the_work() -> None:
     with pytest.raises(OSError, match="no space left"):
-        list(run_chunks(_explode, [1], most=1, workers=2, address=None))
+        list(run_chunks(_explode, [1], most=1, workers=2, memory=1, address=None))
+
+
+def test_the_memory_limit_follows_the_highest_resolution(data_root: str) -> None:
+    def limit(*resolutions: int, **other: object) -> float:
+        config = RefreshConfig(data_root, "procedural:2", resolutions, **other)
+        return config.limits.bytes / 2**30
+
+    assert [limit(64), limit(64, 512), limit(1024, 512), limit(2048)] == [1.5, 1.5, 4, 8]
+    assert limit(256, engine="mesh2sdf") == 3
+    assert limit(2048, bytes=2**30) == 1
+
+
+def test_work_that_no_machine_can_hold_is_refused(folder: Folder) -> None:
+    folder.write(a="good 1")
+    with pytest.raises(ValueError, match=r"may take 4608\.2 GiB.*had .* GiB free.*lower the"):
+        folder.refresh(bytes=2**42)
+
+
+def test_the_largest_assets_come_first_and_chunks_shrink(folder: Folder) -> None:
+    folder.write(**{f"x{n}": f"good {'1' * n}" for n in range(1, 13)})
+    report = folder.refresh(workers=1, shard_assets=4)
+    log = (folder.path.parent / "calls").read_text().split()
+    assert log == [f"x{n}.obj" for n in range(12, 0, -1)]
+    rows = {row.asset_id: row for row in report.version.rows()}.values()
+    shards = sorted(row.shard for row in rows)
+    assert [shards.count(shard) for shard in dict.fromkeys(shards)] == [3, 3, 2, 1, 1, 1, 1]
+
+
+# Each item waits for another at work at the same time, for a while.
+CROWD = """
+import sys, time, uuid; sys.path[:] = {path!r}
+from pathlib import Path
+import ray
+from tasks.ray_work import run_chunks
+
+def meet(name, items):
+    mine = Path({folder!r}) / name
+    mine.touch()
+    deadline = time.monotonic() + 4
+    met = 1
+    while met < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        met = len(list(mine.parent.iterdir()))
+    time.sleep(0.1)  # so that the other sees this one
+    mine.unlink()
+    return met
+
+ray.init(
+    num_cpus=2, _memory=3 * 2**30, object_store_memory=100 * 2**20, include_dashboard=False,
+    log_to_driver=False,
+)
+list(run_chunks(lambda name, items: 0, [1, 2], most=1, workers=2, memory=1, address=None))
+for memory in (2**30, 2 * 2**30):
+    chunks = run_chunks(meet, [1, 2], most=1, workers=2, memory=memory, address=None)
+    print(max(chunk.result for chunk in chunks))
+"""
+
+
+def test_no_more_work_at_once_than_memory_allows(tmp_path: Path) -> None:
+    script = CROWD.format(path=sys.path, folder=str(tmp_path))
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-2:] == ["2", "1"]
+    assert "memory for 1 of 2 workers at 2.0 GiB each" in done.stderr
 
 
 def test_the_real_work_on_procedural_assets(data_root: str) -> None:
