@@ -94,12 +94,16 @@ def compile_kernels() -> None:
     """Compile the numba kernels into their cache on disk: half a minute, once a machine."""
     corners = np.array([[-1.0, -1, -1], [1, 1, -1], [1, -1, 1], [-1, 1, 1]])
     faces = np.array([[0, 1, 2], [0, 3, 1], [0, 2, 3], [1, 3, 2]])
-    # A solid with an open sheet beside it takes every path.
+    # A solid with an open sheet beside it, and then a solid whose faces leave cracks between them,
+    # take every path.
     sheet = corners[:3] + np.array([3.0, 0, 0])
     vertices = normalise(np.concatenate([corners, sheet]))
-    faces = np.concatenate([faces, [[4, 5, 6]]])
-    render_views(Mesh(vertices, faces, face_material=np.zeros(5, np.int32)), 1, 16, 0)
-    convert(vertices, faces, 32)
+    both = np.concatenate([faces, [[4, 5, 6]]])
+    render_views(Mesh(vertices, both, face_material=np.zeros(5, np.int32)), 1, 16, 0)
+    convert(vertices, both, 32)
+    centres = corners[faces].mean(1, keepdims=True)
+    apart = centres + 0.97 * (corners[faces] - centres)
+    convert(normalise(apart.reshape(-1, 3)), np.arange(12).reshape(-1, 3), 32)
 
 
 if __name__ == "__main__":
