@@ -45,8 +45,8 @@ FREE_FAILURES = 3
 # twice the worst that was measured (benchmarks/README.md), libraries included. mesh2sdf is dense.
 SPARSE_BYTES = {512: 3 * 2**29, 1024: 4 * 2**30, 2048: 8 * 2**30}
 MESH2SDF_BYTES = 3 * 2**30
-# The Ray worker beside the child: its libraries, and an asset's data on its way to Parquet, which
-# grows with what the child may take.
+# The Ray worker beside the child: its libraries, and fields that wait for those of the highest
+# resolution. When it writes, the child has let go of more than that takes.
 PARENT_BYTES, PARENT_SHARE = 2**28, 1 / 8
 # An object store has no lock: a shard there that nothing refers to may be in the making.
 ORPHAN_AGE = timedelta(days=1)
