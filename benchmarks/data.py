@@ -15,6 +15,7 @@ rejects is a row `rejected`; whatever else goes wrong is one `failed`, done agai
 Steps of a mesh:
 
 - `prepare`: parsing; 24 textured views of 512 pixels; writing mesh and views to a shard.
+- `prepare-paper` (`--studies` meshes): the same with the `paper` preset's 45 views of 1024 pixels.
 - `sparse`: from the parsed mesh to band, watertight mesh, sharp and latent voxels, checked to be
   closed; marching cubes alone; writing to and reading from a shard; `benchmarks.data_checks`.
 - `bits-N`, `interpolated` (`--studies` meshes): the field stored with N bits a value, and the field
@@ -61,14 +62,14 @@ from tasks.asset_work import compile_kernels
 from tasks.conversion import Conversion, closed_and_oriented, convert
 from tasks.isolation import IsolatedFunction, Limits
 from tasks.mesh import Mesh, MeshRejectedError, normalise
-from tasks.mesh_io import read_mesh
+from tasks.mesh_io import EXTENSIONS, read_mesh, referenced_files
 from tasks.metrics import Surface, surface_scores
 from tasks.rendering import render_geometry, render_views
 from tasks.shards import AssetRow, ShardWriter, StoredView, encode_sdf, read_sdf, sdf_file
 
-SUFFIXES = {".glb", ".gltf", ".obj", ".ply", ".stl", ".dae", ".3mf", ".off"}
 POINTS = 30_000  # samples of each surface for scores
 DENSE = (128, 256)
+VIEWS = {"prepare": (24, 512), "prepare-paper": (45, 1024)}
 BITS = (8, 10, 12, 16)
 LIMITS = Limits(1800, 12 * 2**30)  # mesh2sdf takes minutes; the checks' trees take memory
 
@@ -112,8 +113,10 @@ def measure(
         mesh, parse = timed(lambda: read_mesh(path, root))
         vertices = normalise(mesh.vertices)
         row |= {"faces": len(mesh.faces)}
-        if step == "prepare":
-            yield row | {"parse": parse} | prepare(mesh, vertices)
+        if step in VIEWS:
+            files = (path, *referenced_files(path, root))
+            row |= {"parse": parse, "source_bytes": sum(file.stat().st_size for file in files)}
+            yield row | prepare(mesh, vertices, *VIEWS[step])
         elif step == "draw":
             surface = convert(vertices, mesh.faces, resolution).surface
             both = (vertices, mesh.faces), surface
@@ -138,10 +141,10 @@ def measure(
         yield row | {"rejected": str(error)}
 
 
-def prepare(mesh: Mesh, vertices: np.ndarray) -> Row:
-    """Render and write one mesh."""
+def prepare(mesh: Mesh, vertices: np.ndarray, count: int, size: int) -> Row:
+    """Render `count` views of `size` pixels of one mesh and write it with them."""
     placed = replace(mesh, vertices=vertices)
-    views, render = timed(lambda: render_views(placed, 24, 512, 0))
+    views, render = timed(lambda: render_views(placed, count, size, 0))
     with tempfile.TemporaryDirectory() as folder:
 
         def write() -> int:
@@ -156,8 +159,8 @@ def prepare(mesh: Mesh, vertices: np.ndarray) -> Row:
                 )
             return writer.files["assets.parquet"].size
 
-        size, write_cpu = timed(write)
-    return {"render": render, "write": write_cpu, "bytes": size}
+        written, write_cpu = timed(write)
+    return {"render": render, "write": write_cpu, "bytes": written}
 
 
 def dense(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Row:
@@ -272,13 +275,14 @@ def main() -> None:
     rows = read_rows(log)
     root = options.folder.absolute()
     paths = sorted(
-        (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES),
+        (p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS),
         key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest(),
     )
     jobs = []
     for place, path in enumerate(paths[: options.sample or None]):
         steps = [("prepare", 0), *(("sparse", r) for r in options.resolutions)]
         if place < options.studies:
+            steps.append(("prepare-paper", 0))
             steps += [(f"bits-{bits}", r) for r in options.resolutions for bits in BITS]
             steps += [
                 ("interpolated", r) for r in options.resolutions if 2 * r in options.resolutions

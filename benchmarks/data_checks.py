@@ -227,7 +227,8 @@ def halved(sdf: SparseSDF) -> SparseSDF:
     """Return the field at half the resolution by interpolation: means of 2^3 samples.
 
     A coarse centre lies midway between eight fine ones, so that trilinear interpolation is their
-    mean. No edge is marked sharp.
+    mean. Blocks around the stored ones are there, too, so that no cell of the surface is missed
+    where the fine band is narrow. No edge is marked sharp.
     """
     side = sdf.resolution // BLOCK
     rows = np.full((side, side, side), -1, np.int32)
@@ -242,7 +243,9 @@ def halved(sdf: SparseSDF) -> SparseSDF:
             region = regions[tuple(beside[known].T)]
             value = sdf.values.take(end, axis + 1)[known].mean((1, 2))
             signs[region[region > 0]] = np.sign(value[region > 0])
-    coarse = np.unique(sdf.blocks // 2, axis=0)
+    held = np.zeros((side // 2,) * 3, bool)
+    held[tuple(sdf.blocks.T // 2)] = True
+    coarse = np.argwhere(ndimage.binary_dilation(held, np.ones((3, 3, 3)))).astype(np.int32)
     fine = np.empty((len(coarse), *(2 * BLOCK,) * 3), np.float32)
     for corner in np.ndindex(2, 2, 2):
         place = tuple((2 * coarse + corner).T)
@@ -254,11 +257,7 @@ def halved(sdf: SparseSDF) -> SparseSDF:
         )
     values = fine.reshape(-1, BLOCK, 2, BLOCK, 2, BLOCK, 2).mean((2, 4, 6))
     values *= sdf.tau / truncation(sdf.resolution // 2)
-    keep = (np.abs(values) < 1).any((1, 2, 3))
-    kept = np.ascontiguousarray(values[keep])
-    return SparseSDF(
-        sdf.resolution // 2, coarse[keep].astype(np.int32), kept, np.zeros(kept.shape, bool)
-    )
+    return SparseSDF(sdf.resolution // 2, coarse, values, np.zeros(values.shape, bool))
 
 
 def _plain(surface: Surface) -> Surface:

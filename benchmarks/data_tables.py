@@ -51,7 +51,7 @@ def tables(rows: list[Row]) -> str:
         *files(done),
         *precision(done),
         *interpolation(done),
-        *preparation(done.get(("prepare", 0), [])),
+        *preparation(done),
         *at_scale(done),
     ]
     for why in ("rejected", "failed"):
@@ -203,40 +203,47 @@ def interpolation(done: Groups) -> list[str]:
     return table(head, lines)
 
 
-def preparation(found: list[Row]) -> list[str]:
+def preparation(done: Groups) -> list[str]:
     """Return what comes before the conversion."""
-    if not found:
-        return []
-    lines = [
-        ("parsing", distribution(found, "parse")),
-        ("24 textured views of 512 px", distribution(found, "render")),
-        ("encoding and writing mesh and views", distribution(found, "write")),
-        (
-            "bytes of mesh and views, KB",
-            distribution([{"kb": float(r["bytes"]) / 1e3} for r in found], "kb", 0),
-        ),
-    ]
-    return table("prepare | CPU s median / 95th / worst", lines)
+    lines = []
+    for step in ("prepare", "prepare-paper"):
+        if found := done.get((step, 0)):
+            kb = [{"kb": float(row["bytes"]) / 1e3} for row in found]
+            cells = (distribution(found, key) for key in ("parse", "render", "write"))
+            lines.append((step, str(len(found)), *cells, distribution(kb, "kb", 0)))
+    head = (
+        "views (prepare: 24 of 512 px, prepare-paper: 45 of 1024) | meshes | parsing, CPU s median "
+        "/ 95th / worst | textured views | encoding and writing mesh and views | their KB"
+    )
+    return table(head, lines)
 
 
 def at_scale(done: Groups, assets: int = 10_000_000) -> list[str]:
     """Return means, and what so many assets would take at them."""
-    lines = []
+    source = [float(r["source_bytes"]) for r in done.get(("prepare", 0), []) if "source_bytes" in r]
+    means = [("source files", 0.0, np.mean(source))] if source else []
     for (step, resolution), rows in done.items():
-        if step not in ("prepare", "sparse") or not rows:
+        if step.startswith("prepare"):
+            parts = ("parse", "render", "write")
+        elif step == "sparse":
+            parts = ("cpu", "write")
+        else:
             continue
-        parts = ("parse", "render", "write") if step == "prepare" else ("cpu", "write")
-        seconds = np.mean([sum(float(row[part]) for part in parts) for row in rows])
-        size = np.mean([float(row["bytes"]) for row in rows])
-        lines.append(
-            (
-                f"{' + '.join(parts)}{f' at {resolution}' if resolution else ''}",
-                f"{seconds:.2f}",
-                f"{size / 1e6:.2f}",
-                f"{seconds * assets / 3600:,.0f}",
-                f"{size * assets / 1e12:.1f}",
-            )
+        if rows:
+            seconds = np.mean([sum(float(row[part]) for part in parts) for row in rows])
+            size = np.mean([float(row["bytes"]) for row in rows])
+            name = f"{step} at {resolution}" if resolution else step
+            means.append((f"{name}: {' + '.join(parts)}", seconds, size))
+    lines = [
+        (
+            name,
+            f"{seconds:.2f}",
+            f"{size / 1e6:.2f}",
+            f"{seconds * assets / 3600:,.0f}",
+            f"{size * assets / 1e12:.1f}",
         )
+        for name, seconds, size in means
+    ]
     return table(f"mean an asset | CPU s | MB | {assets:,} assets: core-hours | TB", lines)
 
 
