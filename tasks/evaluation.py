@@ -129,7 +129,7 @@ def shape_scores(
 def watertight_surface(sdf: SparseSDF) -> Surface:
     """Return the surface of a stored field, the mesh that the VAE is to reproduce."""
     vertices, faces = marching_cubes(
-        torch.from_numpy(sdf.blocks), torch.from_numpy(sdf.values), sdf.resolution
+        torch.tensor(sdf.blocks), torch.tensor(sdf.values), sdf.resolution
     )
     return vertices.numpy(), faces.numpy()
 
@@ -137,10 +137,10 @@ def watertight_surface(sdf: SparseSDF) -> Surface:
 @torch.no_grad()
 def reconstruct(module: VAEModule, sdf: SparseSDF, device: torch.device) -> Surface:
     """Encode a field, decode the posterior's mean, and return the surface of what comes out."""
-    coords = functional.pad(torch.from_numpy(sdf.blocks), (1, 0)).to(device)
+    coords = functional.pad(torch.tensor(sdf.blocks), (1, 0)).to(device)
     grid = sdf.resolution // BLOCK
     with autocast(device):
-        mean, _ = module.vae.encode(band_tensor(coords, torch.from_numpy(sdf.values).to(device)))
+        mean, _ = module.vae.encode(band_tensor(coords, torch.tensor(sdf.values, device=device)))
         chunked = grid >= CHUNKED_GRID
         values = module.vae.decode_chunked(mean, grid) if chunked else module.vae.decode(mean)
     vertices, faces = marching_cubes(coords[:, 1:], values.float(), sdf.resolution)
