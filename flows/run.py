@@ -70,8 +70,8 @@ def tracked(
     """Open the one MLflow run of a flow, and a Ray session for its work.
 
     It ends FINISHED, FAILED on an exception, KILLED on a cancellation. Flows called inside become
-    its children. resume: continue the unfinished run of that name, if there is one;
-    the name must then stand for data and configuration. Raises RunBusyError when it is at work.
+    its children. resume: continue the unfinished run of that name, if there is one; the name must
+    then stand for data and configuration. Raises RunBusyError when another process is at it.
     """
     uri = tracking.tracking_uri(data)
     parent = _parent.get()
