@@ -24,6 +24,7 @@ from typing import Any, Self
 from urllib.parse import urlparse
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # "1" is not accepted
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # flows log their run's
 
 import mlflow.artifacts
 import numpy as np
@@ -38,8 +39,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 
-# Hundreds of lines about tables it creates, and two at the start of every run.
-for _name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics"):
+# Hundreds of lines about tables it creates, two at the start of every run, one a model on a server.
+for _name in (
+    "alembic",
+    "mlflow.store.db.utils",
+    "mlflow.store.model_registry.abstract_store",
+    "mlflow.system_metrics",
+):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 DIGEST_CHARACTERS = 36  # what MLflow stores of a dataset's digest
