@@ -254,10 +254,60 @@ def read_rows(log: Path) -> dict[tuple[str, str, int], Row]:
     return {key: row for key, row in newest.items() if "failed" not in row}
 
 
-def main() -> None:
-    """Measure what is missing, then print the tables."""
+def steps_of(place: int, options: argparse.Namespace) -> list[tuple[str, int]]:
+    """Return the steps, with their resolutions, of the mesh at a place of the order."""
+    steps = [("prepare", 0), *(("sparse", r) for r in options.resolutions)]
+    if place < options.studies:
+        steps.append(("prepare-paper", 0))
+        steps += [(f"bits-{bits}", r) for r in options.resolutions for bits in BITS]
+        steps += [("interpolated", r) for r in options.resolutions if 2 * r in options.resolutions]
+    steps += [("dense", r) for r in DENSE if place < options.dense]
+    steps += [("mesh2sdf", r) for r in DENSE if place < options.mesh2sdf]
+    return steps
+
+
+def draw(
+    child: IsolatedFunction, root: Path, rows: list[Row], options: argparse.Namespace
+) -> dict[str, np.ndarray]:
+    """Return pictures of the worst assets by name, original beside result."""
+    pictures = {}
+    for place, row in enumerate(worst(rows)):
+        path = root / str(row["file"])
+        outcome = child.run(path, root, "draw", row["resolution"], options.scored)
+        if outcome.failure is not None:
+            raise RuntimeError(f"drawing {row['file']} failed: {outcome.failure.detail}")
+        name = f"{place}-{float(row['f_score_0.001']):.3f}-{path.stem}"
+        pictures[name] = outcome.values[0]
+    return pictures
+
+
+def publish(
+    text: str,
+    rows: list[Row],
+    pictures: dict[str, np.ndarray],
+    name: str,
+    options: argparse.Namespace,
+) -> None:
+    """Write the pictures to OUT/worst, and them and the tables to an MLflow run."""
     from tasks.tracking import start_run, tracking_uri  # the child has no need of half a GB
 
+    folder = options.out / "worst"
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    uri = options.mlflow or tracking_uri(options.out)
+    with start_run("benchmark-data", name, uri, vars(options)) as run:
+        run.log_text(text, "tables.md")
+        run.log_table(rows, "rows")
+        run.log_table(worst(rows), "worst")
+        for title, picture in pictures.items():
+            Image.fromarray(picture).save(folder / f"{title}.png")
+            run.log_picture(f"worst/{title}", picture)
+    print(f"MLflow run {run.run_id} in {uri}")
+
+
+def main() -> None:
+    """Measure what is missing, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
@@ -278,19 +328,11 @@ def main() -> None:
         (p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS),
         key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest(),
     )
-    jobs = []
-    for place, path in enumerate(paths[: options.sample or None]):
-        steps = [("prepare", 0), *(("sparse", r) for r in options.resolutions)]
-        if place < options.studies:
-            steps.append(("prepare-paper", 0))
-            steps += [(f"bits-{bits}", r) for r in options.resolutions for bits in BITS]
-            steps += [
-                ("interpolated", r) for r in options.resolutions if 2 * r in options.resolutions
-            ]
-        steps += [("dense", r) for r in DENSE if place < options.dense]
-        steps += [("mesh2sdf", r) for r in DENSE if place < options.mesh2sdf]
-        jobs += [(path, step, resolution) for step, resolution in steps]
-    wanted = {(str(p.relative_to(root)), step, r): (p, step, r) for p, step, r in jobs}
+    wanted = {
+        (str(path.relative_to(root)), step, resolution): (path, step, resolution)
+        for place, path in enumerate(paths[: options.sample or None])
+        for step, resolution in steps_of(place, options)
+    }
     start = time.monotonic()
     # Children import this module by name, which `python -m` does not give it.
     with IsolatedFunction("benchmarks.data:measure", LIMITS) as child, log.open("a") as f:
@@ -319,27 +361,8 @@ def main() -> None:
         if missing:
             print(f"{len(missing)} of {len(wanted)} rows are missing: call again")
             return
-        pictures = {}
-        for place, row in enumerate(worst(kept)):
-            path = root / str(row["file"])
-            outcome = child.run(path, root, "draw", row["resolution"], options.scored)
-            if outcome.failure is None:
-                name = f"{place}-{float(row['f_score_0.001']):.3f}-{path.stem}"
-                pictures[name] = outcome.values[0]
-    folder = options.out / "worst"
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
-    for name, picture in pictures.items():
-        Image.fromarray(picture).save(folder / f"{name}.png")
-    uri = options.mlflow or tracking_uri(options.out)
-    with start_run("benchmark-data", root.name, uri, vars(options)) as run:
-        run.log_text(text, "tables.md")
-        run.log_table(kept, "rows")
-        run.log_table(worst(kept), "worst")
-        for name, picture in pictures.items():
-            run.log_picture(f"worst/{name}", picture)
-    print(f"MLflow run {run.run_id} in {uri}")
+        pictures = draw(child, root, kept, options)
+    publish(text, kept, pictures, root.name, options)
 
 
 if __name__ == "__main__":

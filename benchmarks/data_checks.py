@@ -146,8 +146,9 @@ def surface_errors(original: Original, result: Surface, resolution: int) -> dict
     normals = face_normals(*result)[chosen[kept]]
     seen = visible_points(result, positions[kept], normals)
     figures = {"error_median": np.median(errors), "error_99": np.percentile(errors, 99)}
-    figures["seen_99"] = np.percentile(errors[seen], 99)
     figures["seen_share"] = seen.mean()
+    if seen.any():
+        figures["seen_99"] = np.percentile(errors[seen], 99)
     return {name: float(value) for name, value in figures.items()}
 
 
@@ -172,8 +173,7 @@ def contradictions(sdf: SparseSDF, surface: Surface) -> int:
         next_row = rows[tuple(np.minimum(beyond, side - 1).T)]
         next_row = np.where(beyond[:, axis] < side, next_row, count)
         here = np.moveaxis(inside, axis + 1, 1)
-        last = here[:, -1:]
-        after = np.where((next_row < count)[:, None, None, None], 0, last)
+        after = here[:, -1:].copy()  # no change towards what is not stored
         known = np.flatnonzero(next_row < count)
         after[known] = here[next_row[known], :1]
         changes = here != np.concatenate([here[:, 1:], after], 1)
