@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 # So many failed rows are never too many: a share means little in a small dataset.
 FREE_FAILURES = 3
-# What the work on one asset may take where a configuration does not say, by highest resolution:
-# twice the worst that was measured (benchmarks/README.md), libraries included. mesh2sdf is dense.
+# What the work on one asset may take where a configuration does not say, by highest resolution,
+# libraries included: 1.6 times the worst that was measured (benchmarks/README.md), or more.
 SPARSE_BYTES = {512: 3 * 2**29, 1024: 4 * 2**30, 2048: 8 * 2**30}
 MESH2SDF_BYTES = 3 * 2**30
 # The Ray worker beside the child: its libraries, and fields that wait for those of the highest
@@ -66,10 +66,10 @@ class RefreshConfig:
     multiples of 8 from 32 to 2048. licences: keep assets under these only, all for None. views,
     view_size: pictures an asset, pixels of a side. held_out: share of assets in the `test` split.
     seconds, bytes: limits of one asset's work, all resolutions together; for None the highest
-    resolution says how many bytes. workers: assets at work at once, 0
-    for one a core. shard_assets: most assets a shard. failure_budget: share of rows that may have
-    failed. retry_failed: try those again that crashed or exceeded their limits. ray_address: of a
-    cluster, such as `auto`; None takes the session of this process or starts a local one.
+    resolution says how many bytes. workers: assets at work at once, 0 for one a core.
+    shard_assets: most assets a shard. failure_budget: share of rows that may have failed.
+    retry_failed: try those again that crashed or exceeded their limits. ray_address: of a cluster,
+    such as `auto`; None takes the session of this process or starts a local one.
     """
 
     root: str
