@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 FREE_FAILURES = 3
 # What the work on one asset may take where a configuration does not say, by highest resolution,
 # libraries included: 1.6 times the worst that was measured (benchmarks/README.md), or more.
-SPARSE_BYTES = {512: 3 * 2**29, 1024: 4 * 2**30, 2048: 8 * 2**30}
+SPARSE_BYTES = {256: 3 * 2**29, 512: 2 * 2**30, 1024: 4 * 2**30, 2048: 8 * 2**30}
 MESH2SDF_BYTES = 3 * 2**30
 # The Ray worker beside the child: its libraries, and fields that wait for those of the highest
 # resolution. When it writes, the child has let go of more than that takes.

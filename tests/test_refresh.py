@@ -380,7 +380,7 @@ def test_the_memory_limit_follows_the_highest_resolution(data_root: str) -> None
         config = RefreshConfig(data_root, "procedural:2", resolutions, **other)
         return config.limits.bytes / 2**30
 
-    assert [limit(64), limit(64, 512), limit(1024, 512), limit(2048)] == [1.5, 1.5, 4, 8]
+    assert [limit(64), limit(64, 512), limit(1024, 512), limit(2048)] == [1.5, 2, 4, 8]
     assert limit(256, engine="mesh2sdf") == 3
     assert limit(2048, bytes=2**30) == 1
     # The quickstart works on two assets at once on a laptop of 8 GiB, half of them free.
