@@ -8,15 +8,9 @@ import numpy as np
 
 from model.compiled import compiled
 from model.sdf import BLOCK
+from tasks.engine_limits import BLOCK_RADIUS, SLIVER, TIE
 from tasks.masks import ONE, mask_at, row_at
 
-BLOCK_RADIUS = 3.5 * 3**0.5  # from a block's centre to its farthest voxel centre
-# Squared area over fourth power of the longest edge, under which a triangle counts as its edges:
-# barycentric coordinates of thinner ones are noise.
-SLIVER = 1e-12
-# A crossing so near to a voxel centre blocks the edges on both sides of it: rounding may not
-# open a way through.
-TIE = 1e-9
 # Candidates up to which thinning them further costs more than it saves.
 FEW = 12
 
@@ -422,10 +416,11 @@ def edge_crossings(
     """Return (walls, odd, double) [3, B, 8] uint64: grid edges from a voxel to +axis, as masks.
 
     walls: crossed by a triangle; odd: by an odd number; double: by more than one. No way leads
-    through a mesh without boundary, whatever its orientation.
+    through a mesh without boundary, whatever its orientation. Where TIE makes a crossing block a
+    second edge, that edge is in `walls` alone.
     """
     walls = np.zeros((3, count, BLOCK), np.uint64)
-    odd, double = np.zeros_like(walls), np.zeros_like(walls)
+    single, odd, double = np.zeros_like(walls), np.zeros_like(walls), np.zeros_like(walls)
     voxel = np.empty(3, np.int64)
     for f in range(len(corners)):
         c = corners[f]
@@ -446,7 +441,8 @@ def edge_crossings(
                         x = voxel[0] & 7
                         bit = ONE << np.uint64((voxel[1] & 7) * 8 + (voxel[2] & 7))
                         if again == 0:
-                            double[w, row, x] |= walls[w, row, x] & bit
+                            double[w, row, x] |= single[w, row, x] & bit
+                            single[w, row, x] |= bit
                             odd[w, row, x] ^= bit
                         walls[w, row, x] |= bit
                         if lower == voxel[w] and int(np.floor(height + TIE)) == voxel[w]:

@@ -5,10 +5,7 @@ import numpy as np
 from model.compiled import compiled
 from model.sdf import BLOCK
 from tasks.distance import closest_on_segment
-
-DIHEDRAL = np.deg2rad(30)
-# Voxels with their centre this near to a sharp edge are sharp, in voxels.
-SHARP_REACH = 1.0
+from tasks.engine_limits import DIHEDRAL, SHARP_REACH
 
 
 def sharp_edges(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:

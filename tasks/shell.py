@@ -15,6 +15,7 @@ import numpy as np
 from model.compiled import compiled
 from model.sdf import BLOCK
 from tasks.distance import block_distances, closest_on_triangle, line_height
+from tasks.engine_limits import BACKED, PLATE, SHELL
 from tasks.masks import (
     NONE,
     ONE,
@@ -27,14 +28,6 @@ from tasks.masks import (
     shifted,
     voxels_of,
 )
-
-# Half the thickness of a shell. Over half a voxel, so that every grid edge across a sheet has an
-# end in the shell; over sqrt(1/2), so that a wire has one too; under one: two voxels at most.
-SHELL = 0.75
-# Cosine from which two sides count as those of a plate: wedges up to 32 degrees.
-PLATE = 0.85
-# The share of a sheet's seen crossings that may have an inside behind them.
-BACKED = 0.05
 
 
 def solid_voxels(walls: np.ndarray, outside: np.ndarray, neighbours: np.ndarray) -> np.ndarray:

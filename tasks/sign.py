@@ -9,12 +9,14 @@ or more lets the outside in (the walls become shells, see `tasks/shell.py`); a p
 pieces, none of which surrounds it and whose orientations cancel, is taken for outside.
 """
 
-import igl
 import numpy as np
 from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from model.compiled import compiled
 from model.sdf import BLOCK
+from tasks.engine_limits import CLEARANCE, SAMPLES, SMALL_POCKET, SOLID_ANGLES, STEPS, SURE
 from tasks.masks import (
     ALL,
     BEYOND,
@@ -31,19 +33,6 @@ from tasks.masks import (
     unite,
     voxels_of,
 )
-
-# A place is wide when it holds a voxel farther than this from every triangle, in voxels.
-CLEARANCE = 1.5
-# Steps from a wide place within which a voxel belongs to it. Into the corner of three walls it
-# takes five.
-STEPS = 6
-# Pockets of fewer voxels are crevices, and outside, without a question asked.
-SMALL_POCKET = 32
-SAMPLES = 4  # a pocket
-# A pocket is inside from this winding number on: beside an open sheet it is one half.
-SURE = 0.75
-# Solid angles to compute at most, some 2 s: past it the smaller pockets are not asked about.
-SOLID_ANGLES = 100_000_000
 
 # The voxels on each side of a block (-x, +x, -y, ...), as eight words.
 FACES = np.zeros((6, BLOCK), np.uint64)
@@ -260,7 +249,9 @@ def _pockets(
     """Flood each pocket that the entries [B, 8] lead into; all of it is removed from `allowed`.
 
     Returns the blocks [M] and words [M, 8] of all pockets, the first of each [P + 1], their
-    sizes [P] in voxels and sample voxels [P, samples]: the one farthest from the mesh, and others.
+    sizes [P] in voxels and sample voxels [P, samples]: the one farthest from the mesh (the first of
+    them by id) and those at equal steps through the pocket's ids, all of them properties of the
+    pocket. Pockets come in the order of their first entries.
     """
     count = len(neighbours)
     reached = np.zeros((count, 8), np.uint64)
@@ -278,13 +269,11 @@ def _pockets(
                 visited = _flood(
                     neighbours, faces, starts, walls, far, allowed, reached, queue, queued, first
                 )
-                size, farthest, best = 0, -1.0, 0
-                for row in visited:
-                    empty = True
-                    for i in range(8):
-                        empty &= reached[row, i] == NONE
-                    if empty:  # visited twice
+                size, farthest, best, last = 0, -1.0, 0, -1
+                for row in np.sort(visited):
+                    if row == last:  # visited twice
                         continue
+                    last = row
                     if used == len(rows):
                         grown, grown_words = (
                             np.empty(2 * used, np.int32),
@@ -367,17 +356,18 @@ def winding_numbers(
 
 def outside_voxels(
     corners: np.ndarray,
-    faces: np.ndarray,
     blocks: np.ndarray,
     rows: np.ndarray,
     distance: np.ndarray,
     walls: np.ndarray,
+    patches: np.ndarray,
+    turns: np.ndarray,
 ) -> tuple[np.ndarray, float | None]:
     """Return which voxels are outside, [B, 8] masks, and how sure the winding numbers were.
 
-    corners: [F, 3, 3] in voxels; faces: [F, 3] welded; rows: [side, side, side] int32, the row of
-    each block of `blocks` [B, 3] or -1; distance: [B, 8, 8, 8], at least CLEARANCE where a block
-    is absent; walls: [3, B, 8], the edges that triangles cross.
+    corners: [F, 3, 3] in voxels; rows: [side, side, side] int32, the row of each block of `blocks`
+    [B, 3] or -1; distance: [B, 8, 8, 8], at least CLEARANCE where a block is absent; walls:
+    [3, B, 8], the edges that triangles cross; patches, turns: [F], of `oriented_patches`.
 
     The second result is None when no pocket was in doubt; else the mean over the voxels asked
     about of how far the winding number lay from SURE (0: undecided, 1: certain).
@@ -415,10 +405,9 @@ def outside_voxels(
     unite(outside, held, words)
     asked = np.flatnonzero(sizes >= SMALL_POCKET)
     asked = asked[np.argsort(-sizes[asked], kind="stable")]
-    asked = asked[: max(4, SOLID_ANGLES // (SAMPLES * len(faces)))]
+    asked = asked[: max(4, SOLID_ANGLES // (SAMPLES * len(corners)))]
     confidence = None
     if len(asked):
-        patches, turns = oriented_patches(faces)
         surface = (corners, patches, turns)
         evidence = _evidence(*surface, _positions(samples[asked].reshape(-1), blocks))
         score = np.median(evidence.reshape(-1, SAMPLES), 1)
@@ -486,11 +475,28 @@ def _positions(ids: np.ndarray, blocks: np.ndarray) -> np.ndarray:
 
 
 def oriented_patches(faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the patch of each face (joined by edges of two faces) and -1 where it is turned."""
-    oriented, patches = igl.bfs_orient(faces)
-    first = (oriented == faces[:, :1]).argmax(1)
-    second = np.take_along_axis(oriented, ((first + 1) % 3)[:, None], 1)[:, 0]
-    return patches, np.where(second == faces[:, 1], 1.0, -1.0)
+    """Return the patch of each of the faces [F, 3] and -1 where it is to be turned round, else 1.
+
+    Faces are joined by the edges that two faces share. Each face is there twice, as it is and
+    turned round, and joined with what runs through the edge the other way: a patch that can be
+    oriented falls into two components, of which that of its first face as it is tells the turns
+    (all others have the opposite ones); one that can't is one component, and left as it is.
+    """
+    count = len(faces)
+    ends = np.stack([faces, np.roll(faces, -1, 1)], 2).reshape(-1, 2)
+    key = ends.min(1) * (faces.max() + 1) + ends.max(1)
+    forward = ends[:, 0] < ends[:, 1]
+    order = np.argsort(key, kind="stable")
+    first = np.flatnonzero(np.diff(key[order], prepend=-1))
+    pairs = first[np.diff(first, append=len(key)) == 2]
+    one, two = order[pairs], order[pairs + 1]
+    a, b = one // 3, two // 3 + count * (forward[one] == forward[two])
+    links = np.concatenate([a, (a + count)]), np.concatenate([b, (b + count) % (2 * count)])
+    graph = coo_array((np.ones(len(links[0]), np.int8), links), (2 * count, 2 * count))
+    _, labels = connected_components(graph, directed=False)
+    plain, turned = labels[:count], labels[count:]
+    patches = np.unique(np.minimum(plain, turned), return_inverse=True)[1]
+    return patches, np.where(plain <= turned, 1.0, -1.0)
 
 
 def _end_slices(axis: int) -> list[tuple[slice | int, ...]]:

@@ -22,17 +22,11 @@ from tasks.distance import (
     edge_crossings,
     group_pairs,
 )
+from tasks.engine_limits import PART_SIZE, SHELL, SHIFT, WELD
 from tasks.masks import NONE, ONE, below, block_neighbours, lowest, voxels_of
 from tasks.mesh import MeshRejectedError
 from tasks.sharp import mark_sharp, sharp_edges
 from tasks.sign import oriented_patches, outside_voxels
-
-WELD = 2.0**-19  # vertices in the same cell of this size are one: a 500th of a voxel at 2048
-# Parts whose bounding box has a shorter diagonal are not counted, in voxels.
-PART_SIZE = 2.0
-# Grid lines pass the mesh shifted by this, in voxels: models like to put faces, edges and planes
-# of symmetry exactly where the samples are.
-SHIFT = np.array([1.3e-5, 2.9e-5, 4.7e-5])
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ def sparse_field(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Sp
         raise MeshRejectedError("no_area", "every triangle is degenerate: no surface to convert")
     side = resolution // BLOCK
     tau = truncation(resolution) * resolution / 2
-    reach = tau + shell.SHELL
+    reach = tau + SHELL
     positions = (vertices + 1) * (resolution / 2) - 0.5
     corners = positions[faces]
     rows, starts, triangles = group_pairs(*block_pairs(corners, side, reach), side)
@@ -92,11 +86,11 @@ def sparse_field(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Sp
     distance, nearest = block_distances(corners, blocks, starts, triangles, reach)
     crossed = corners + SHIFT
     walls, odd, double = edge_crossings(crossed, rows, len(blocks))
-    outside, confidence = outside_voxels(corners, faces, blocks, rows, distance, walls)
+    patches, turns = oriented_patches(faces)
+    outside, confidence = outside_voxels(corners, blocks, rows, distance, walls, patches, turns)
     parts = _parts(faces, len(vertices))
-    near = outside & below(distance, 1.0 + shell.SHELL)
+    near = outside & below(distance, 1.0 + SHELL)
     shell.drop_hidden(rows, neighbours, blocks, corners, walls, outside, distance, nearest, reach)
-    patches, _ = oriented_patches(faces)
     solid = shell.solid_voxels(walls, outside, neighbours)
     votes = crossing_votes(crossed, rows, outside, solid, double, patches, int(patches.max()) + 1)
     sheet = shell.sheet_faces(votes, patches)
@@ -127,7 +121,7 @@ def sparse_field(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Sp
     counted = seen & (_part_sizes(corners, parts) > PART_SIZE)
     sharp = np.zeros(field.shape, bool)
     segments = positions[sharp_edges(vertices, faces)]
-    mark_sharp(rows, segments, field, shell.SHELL, sharp)
+    mark_sharp(rows, segments, field, SHELL, sharp)
     keep = _truncate(field, tau, sharp)
     return SparseResult(
         SparseSDF(resolution, blocks[keep], field[keep], sharp[keep]),
