@@ -1,4 +1,7 @@
-"""Conversion: a normalised mesh to a `SparseSDF` and a report, by one of two engines."""
+"""Conversion: a normalised mesh to a `SparseSDF` and a report, by one of two engines.
+
+The sparse engine has two paths of equal results: compiled on the CPU, torch with Triton on a GPU.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,10 +12,13 @@ import torch
 from model.compiled import compiled
 from model.marching_cubes import marching_cubes
 from model.sdf import BLOCK, SHAPE_SCALE, SparseSDF
+from tasks import sparse_engine_torch, torch_topology
 from tasks.mesh import MeshRejectedError
 from tasks.mesh2sdf_engine import check_dense_resolution, dense_field
+from tasks.sparse_common import SparseResult
 from tasks.sparse_engine import sparse_field
 
+Device = Literal["cpu", "cuda"]
 # Part of a catalogue row's recipe: raise it when a conversion's result changes.
 CONVERSION_VERSION = "4"
 
@@ -28,6 +34,7 @@ class Conversion:
     closed: the surface is closed and consistently oriented.
     sign_method: `flood`, `flood+winding` (winding numbers closed holes) or `mesh2sdf`.
     sign_confidence: how far the winding numbers were from undecided, in [0, 1]; 1 without them.
+    device: where it ran, `cpu` or `cuda`. No part of a recipe: the results are the same.
     """
 
     sdf: SparseSDF
@@ -38,6 +45,7 @@ class Conversion:
     sign_method: str
     sign_confidence: float
     warnings: tuple[str, ...] = ()
+    device: Device = "cpu"
 
 
 def check_resolution(resolution: int, engine: Literal["sparse", "mesh2sdf"]) -> None:
@@ -53,13 +61,15 @@ def convert(
     faces: np.ndarray,
     resolution: int,
     engine: Literal["sparse", "mesh2sdf"] = "sparse",
+    device: Device | None = None,
 ) -> Conversion:
     """Return the conversion of triangles at a resolution.
 
     vertices: [V, 3], normalised (`tasks.mesh.normalise`). faces: [F, 3]. resolution: a multiple
-    of 8 in [32, 2048]. The first call in a process loads compiled kernels (a second), the first
-    on a machine compiles them (half a minute). Raises ValueError for what the caller could have
-    known, MeshRejectedError (`no_area`, `no_surface`) for what lies in the mesh.
+    of 8 in [32, 2048]. device: where the sparse engine runs; by default on the GPU if this process
+    sees one. The first call in a process loads compiled kernels (a second), the first on a machine
+    compiles them (half a minute). Raises ValueError for what the caller could have known,
+    MeshRejectedError (`no_area`, `no_surface`) for what lies in the mesh.
     """
     check_resolution(resolution, engine)
     vertices, faces = np.asarray(vertices, np.float64), np.asarray(faces, np.int64)
@@ -69,33 +79,54 @@ def convert(
             f"vertices reach {largest:.4g}, expected {SHAPE_SCALE} at most: not normalised, "
             "call tasks.mesh.normalise first"
         )
-    warnings: list[str] = []
     if engine == "mesh2sdf":
-        sdf = dense_field(vertices, faces, resolution)
-        parts_in = parts_out = 1
-        method, confidence = "mesh2sdf", 1.0
-    else:
-        result = sparse_field(vertices, faces, resolution)
-        sdf, parts_in, parts_out = result.sdf, result.parts_in, result.parts_out
-        method, confidence = result.method, result.confidence
-        if result.thin_voxels:
-            warnings.append(f"thin: {result.thin_voxels} voxels added to make shells")
-    points, triangles = marching_cubes(
-        torch.from_numpy(sdf.blocks), torch.from_numpy(sdf.values), resolution
-    )
-    surface = points.numpy(), triangles.numpy()
+        device = "cpu"
+    elif device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    result, points, triangles = _converted(vertices, faces, resolution, engine, device)
     if not len(triangles):
         raise MeshRejectedError(
             "no_surface", f"nothing of the mesh is larger than a voxel at resolution {resolution}"
         )
-    closed = bool(closed_and_oriented(surface[1], len(points)))
+    if triangles.is_cuda:
+        closed = torch_topology.closed_and_oriented(triangles, len(points))
+    else:
+        closed = bool(closed_and_oriented(triangles.numpy(), len(points)))
+    warnings: list[str] = []
+    if result.thin_voxels:
+        warnings.append(f"thin: {result.thin_voxels} voxels added to make shells")
     if not closed:
         warnings.append("open: the surface of the band is not closed")
-    if parts_out < parts_in:
-        warnings.append(f"parts_lost: {parts_in - parts_out} of {parts_in} parts not found")
+    if result.parts_out < result.parts_in:
+        lost = result.parts_in - result.parts_out
+        warnings.append(f"parts_lost: {lost} of {result.parts_in} parts not found")
     return Conversion(
-        sdf, surface, parts_in, parts_out, closed, method, confidence, tuple(warnings)
+        result.sdf,
+        (points.cpu().numpy(), triangles.cpu().numpy()),
+        result.parts_in,
+        result.parts_out,
+        closed,
+        result.method,
+        result.confidence,
+        tuple(warnings),
+        device,
     )
+
+
+def _converted(
+    vertices: np.ndarray, faces: np.ndarray, resolution: int, engine: str, device: Device
+) -> tuple[SparseResult, torch.Tensor, torch.Tensor]:
+    """Return an engine's result and its surface, vertices and triangles, on the device."""
+    if device == "cuda":
+        found = sparse_engine_torch.sparse_field(vertices, faces, resolution, device)
+        surface = marching_cubes(found.blocks, found.values, resolution)
+        return found.on_host(), *surface
+    if engine == "mesh2sdf":
+        result = SparseResult(dense_field(vertices, faces, resolution), 1, 1, "mesh2sdf", 1.0, 0)
+    else:
+        result = sparse_field(vertices, faces, resolution)
+    blocks, values = torch.from_numpy(result.sdf.blocks), torch.from_numpy(result.sdf.values)
+    return result, *marching_cubes(blocks, values, resolution)
 
 
 @compiled

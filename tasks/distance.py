@@ -8,8 +8,8 @@ import numpy as np
 
 from model.compiled import compiled
 from model.sdf import BLOCK
-from tasks.engine_limits import BLOCK_RADIUS, SLIVER, TIE
 from tasks.masks import ONE, mask_at, row_at
+from tasks.sparse_common import BLOCK_RADIUS, SLIVER, TIE
 
 # Candidates up to which thinning them further costs more than it saves.
 FEW = 12

@@ -5,7 +5,7 @@ import numpy as np
 from model.compiled import compiled
 from model.sdf import BLOCK
 from tasks.distance import closest_on_segment
-from tasks.engine_limits import DIHEDRAL, SHARP_REACH
+from tasks.sparse_common import DIHEDRAL, SHARP_REACH
 
 
 def sharp_edges(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:

@@ -15,7 +15,6 @@ import numpy as np
 from model.compiled import compiled
 from model.sdf import BLOCK
 from tasks.distance import block_distances, closest_on_triangle, line_height
-from tasks.engine_limits import BACKED, PLATE, SHELL
 from tasks.masks import (
     NONE,
     ONE,
@@ -28,6 +27,7 @@ from tasks.masks import (
     shifted,
     voxels_of,
 )
+from tasks.sparse_common import BACKED, PLATE, SHELL
 
 
 def solid_voxels(walls: np.ndarray, outside: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
@@ -160,7 +160,7 @@ def _try_neighbours(
                 tx, ty, tz = closest_on_triangle(x, y, z, corners[t])
                 seen = mask_at(touch, rows, int(np.floor(tx)), int(np.floor(ty)), int(np.floor(tz)))
             qx, qy, qz = tx, ty, tz
-            d = ((x - qx) ** 2 + (y - qy) ** 2 + (z - qz) ** 2) ** 0.5
+            d = (x - qx) ** 2 + (y - qy) ** 2 + (z - qz) ** 2
             if d >= best:
                 continue
             if not seen:
@@ -169,12 +169,12 @@ def _try_neighbours(
                     qx, qy, qz = float(foot[0]), float(foot[1]), float(foot[2])
                 else:
                     qx, qy, qz = closest_on_triangle(i, j, k, corners[t])
-                d = ((x - qx) ** 2 + (y - qy) ** 2 + (z - qz) ** 2) ** 0.5
+                d = (x - qx) ** 2 + (y - qy) ** 2 + (z - qz) ** 2
             if d < best:
                 best, which, fx, fy, fz = d, t, qx, qy, qz
         foot = feet[work[b], x & 7, y & 7, z & 7]
         foot[0], foot[1], foot[2] = fx, fy, fz
-        distance[b, x & 7, y & 7, z & 7] = min(best, reach)
+        distance[b, x & 7, y & 7, z & 7] = min(best**0.5, reach)
         nearest[b, x & 7, y & 7, z & 7] = which
 
 

@@ -16,7 +16,6 @@ from scipy.sparse.csgraph import connected_components
 
 from model.compiled import compiled
 from model.sdf import BLOCK
-from tasks.engine_limits import CLEARANCE, SAMPLES, SMALL_POCKET, SOLID_ANGLES, STEPS, SURE
 from tasks.masks import (
     ALL,
     BEYOND,
@@ -33,6 +32,7 @@ from tasks.masks import (
     unite,
     voxels_of,
 )
+from tasks.sparse_common import CLEARANCE, SAMPLES, SMALL_POCKET, SOLID_ANGLES, STEPS, SURE
 
 # The voxels on each side of a block (-x, +x, -y, ...), as eight words.
 FACES = np.zeros((6, BLOCK), np.uint64)

@@ -6,8 +6,6 @@ sharp edges (`tasks/sharp.py`). Memory and time grow with the surface; the only 
 one entry a block of 8^3 voxels. A part that is closed keeps its surface where it is.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -22,30 +20,11 @@ from tasks.distance import (
     edge_crossings,
     group_pairs,
 )
-from tasks.engine_limits import PART_SIZE, SHELL, SHIFT, WELD
 from tasks.masks import NONE, ONE, below, block_neighbours, lowest, voxels_of
 from tasks.mesh import MeshRejectedError
 from tasks.sharp import mark_sharp, sharp_edges
 from tasks.sign import oriented_patches, outside_voxels
-
-
-@dataclass(frozen=True)
-class SparseResult:
-    """What the engine found.
-
-    parts_in: connected parts of the mesh (sharing vertices) above PART_SIZE that are seen from
-        outside; parts_out: those of them at the surface of the result.
-    method, confidence: `flood`, or `flood+winding` with how far the winding numbers of the pockets
-        lay from undecided (0: undecided, 1: certain); see `tasks/sign.py`.
-    thin_voxels: voxels that no part encloses, added to make shells of thin surfaces.
-    """
-
-    sdf: SparseSDF
-    parts_in: int
-    parts_out: int
-    method: str
-    confidence: float
-    thin_voxels: int
+from tasks.sparse_common import PART_SIZE, SHELL, SHIFT, WELD, SparseResult
 
 
 def weld(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,14 @@
-"""What the two paths of the sparse engine agree on: its limits and tolerances, lengths in voxels.
+"""What the two paths of the sparse engine share: limits and tolerances, in voxels, and the result.
 
-The compiled path (`distance`, `sign`, `shell`, `sharp`) and the torch path (`torch_*`) import them
-from here, so that either runs where the libraries of the other are missing.
+The compiled path (`distance`, `sign`, `shell`, `sharp`) and the torch path (`torch_*`) import this
+module, not each other, so that either runs where the libraries of the other are missing.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
+
+from model.sdf import SparseSDF
 
 WELD = 2.0**-19  # vertices in the same cell of this size are one: a 500th of a voxel at 2048
 # Parts whose bounding box has a shorter diagonal are not counted, in voxels.
@@ -50,3 +54,22 @@ BACKED = 0.05
 DIHEDRAL = np.deg2rad(30)
 # Voxels with their centre this near to a sharp edge are sharp, in voxels.
 SHARP_REACH = 1.0
+
+
+@dataclass(frozen=True)
+class SparseResult:
+    """What the engine found.
+
+    parts_in: connected parts of the mesh (sharing vertices) above PART_SIZE that are seen from
+        outside; parts_out: those of them at the surface of the result.
+    method, confidence: `flood`, or `flood+winding` with how far the winding numbers of the pockets
+        lay from undecided (0: undecided, 1: certain); see `tasks/sign.py`.
+    thin_voxels: voxels that no part encloses, added to make shells of thin surfaces.
+    """
+
+    sdf: SparseSDF
+    parts_in: int
+    parts_out: int
+    method: str
+    confidence: float
+    thin_voxels: int
