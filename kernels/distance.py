@@ -17,18 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triangles import SLIVER
+
 BLOCK = 8
 RECORD = 20  # columns of a triangle's record, the last of them unused: rows of whole sectors
 CHUNK = 256  # blocks at once, in the twin: what the caches hold
 
 
-def triangle_records(corners: Tensor, sliver: float) -> Tensor:
+def triangle_records(corners: Tensor) -> Tensor:
     """Return what the distance to a triangle needs, [F, RECORD] float64.
 
-    corners: [F, 3, 3] float64. sliver: the squared area over the fourth power of the longest edge
-    up to which a triangle counts as its edges. Columns: the first corner; edges u, v from it;
-    uu, uv, vv; inverse squared lengths of the three edges (0 for none); uu vv - uv uv, or -1 for a
-    sliver; unit normal.
+    corners: [F, 3, 3] float64. Columns: the first corner; edges u, v from it; uu, uv, vv; inverse
+    squared lengths of the three edges (0 for none); uu vv - uv uv, or -1 for a sliver; unit normal.
     """
     a, b, c = corners.unbind(1)
     ux, uy, uz = (b - a).unbind(1)
@@ -42,7 +42,7 @@ def triangle_records(corners: Tensor, sliver: float) -> Tensor:
     longest = torch.maximum(torch.maximum(uu, vv), ee)
     nx, ny, nz = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
     length = (nx * nx + ny * ny + nz * nz).sqrt()
-    fair = (area > sliver * longest * longest) & (length > 0)
+    fair = (area > SLIVER * longest * longest) & (length > 0)
     inverse = [torch.where(square > 0, 1 / square, 0.0) for square in (uu, vv, ee)]
     normal = [torch.where(fair, n / length, 0.0) for n in (nx, ny, nz)]
     area = torch.where(fair, area, -1.0)

@@ -6,10 +6,11 @@ voxel i is sampled at i.
 
 import numpy as np
 
+from kernels.triangles import SLIVER
 from model.compiled import compiled
 from model.sdf import BLOCK
 from tasks.masks import ONE, mask_at, row_at
-from tasks.sparse_common import BLOCK_RADIUS, SLIVER, TIE
+from tasks.sparse_common import BLOCK_RADIUS, TIE
 
 # Candidates up to which thinning them further costs more than it saves.
 FEW = 12

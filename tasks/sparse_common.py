@@ -19,9 +19,6 @@ SHIFT = np.array([1.3e-5, 2.9e-5, 4.7e-5])
 
 # Distances
 BLOCK_RADIUS = 3.5 * 3**0.5  # from a block's centre to its farthest voxel centre
-# Squared area over fourth power of the longest edge, under which a triangle counts as its edges:
-# barycentric coordinates of thinner ones are noise.
-SLIVER = 1e-12
 # A crossing so near to a voxel centre blocks the edges on both sides of it: rounding may not
 # open a way through.
 TIE = 1e-9

@@ -20,7 +20,7 @@ from kernels.distance import closest_triangles, triangle_records
 from model.sdf import BLOCK, SparseSDF, truncation
 from tasks import torch_shell as shell
 from tasks.mesh import MeshRejectedError
-from tasks.sparse_common import PART_SIZE, SHELL, SHIFT, SLIVER, SparseResult
+from tasks.sparse_common import PART_SIZE, SHELL, SHIFT, SparseResult
 from tasks.torch_distance import block_pairs, crossing_votes, edge_crossings
 from tasks.torch_masks import CHUNK, grid_of, ids_of
 from tasks.torch_sign import border_voxels, outside_voxels
@@ -102,7 +102,7 @@ def sparse_field(
     grid = grid_of(keys, resolution // BLOCK)
     neighbours = grid.neighbours
     mark("pairs")
-    records = triangle_records(corners, SLIVER)
+    records = triangle_records(corners)
     field, nearest = closest_triangles(records, grid.blocks, starts, triangles, reach)
     mark("distances")
     crossed = columns + torch.from_numpy(np.tile(SHIFT, 3)).to(device)[:, None]

@@ -10,69 +10,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.feet import holds
+from kernels.triangles import closest_on_triangle, squared_between
 from model.sdf import BLOCK
-from tasks.sparse_common import BLOCK_RADIUS, SLIVER, TIE
-from tasks.torch_masks import Grid, expanded, holds
-
-
-def closest_on_segment(
-    p: tuple[Tensor, Tensor, Tensor], a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the closest points of segments ab, each [3, N], to points p."""
-    ux, uy, uz = b - a
-    length = ux * ux + uy * uy + uz * uz
-    t = ((p[0] - a[0]) * ux + (p[1] - a[1]) * uy + (p[2] - a[2]) * uz) / length
-    t = torch.where(length > 0, t.clamp(0, 1), 0.0)
-    return a[0] + t * ux, a[1] + t * uy, a[2] + t * uz
-
-
-def squared_between(p: tuple[Tensor, Tensor, Tensor], q: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Return the squared distances of points."""
-    x, y, z = p[0] - q[0], p[1] - q[1], p[2] - q[2]
-    return x * x + y * y + z * z
-
-
-def closest_on_triangle(
-    p: tuple[Tensor, Tensor, Tensor], c: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the closest points of triangles c [9, N] to points p, each [N], x, y and z apart."""
-    a = c[:3]
-    ux, uy, uz = c[3:6] - a
-    vx, vy, vz = c[6:] - a
-    wx, wy, wz = p[0] - a[0], p[1] - a[1], p[2] - a[2]
-    uu = ux * ux + uy * uy + uz * uz
-    uv = ux * vx + uy * vy + uz * vz
-    vv = vx * vx + vy * vy + vz * vz
-    area = uu * vv - uv * uv
-    longest = torch.maximum(torch.maximum(uu, vv), uu + vv - 2 * uv)
-    wu = wx * ux + wy * uy + wz * uz
-    wv = wx * vx + wy * vy + wz * vz
-    s = vv * wu - uv * wv
-    t = uu * wv - uv * wu
-    above = (area > SLIVER * longest * longest) & (s >= 0) & (t >= 0) & (s + t <= area)
-    s, t = s / area, t / area
-    best = torch.full_like(s, torch.inf)
-    q = (torch.zeros_like(s),) * 3
-    for i in range(3):
-        j = (i + 1) % 3
-        e = closest_on_segment(p, c[3 * i : 3 * i + 3], c[3 * j : 3 * j + 3])
-        d = squared_between(p, e)
-        closer = d < best
-        best = torch.where(closer, d, best)
-        q = chosen(closer, e, q)
-    foot = a[0] + s * ux + t * vx, a[1] + s * uy + t * vy, a[2] + s * uz + t * vz
-    return chosen(above, foot, q)
-
-
-def chosen(
-    which: Tensor, p: tuple[Tensor, Tensor, Tensor], q: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return points p where `which`, else q."""
-    return (
-        torch.where(which, p[0], q[0]),
-        torch.where(which, p[1], q[1]),
-        torch.where(which, p[2], q[2]),
-    )
+from tasks.sparse_common import BLOCK_RADIUS, TIE
+from tasks.torch_masks import Grid, expanded
 
 
 def along(axis: int, u: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:

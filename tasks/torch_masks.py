@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.feet import block_rows, voxel_ids, voxel_places
 from model.sdf import BLOCK
 
 # Items worked on at once where their number has no bound: some 250 bytes each, half a GB.
@@ -29,24 +30,13 @@ class Grid:
     blocks: Tensor
     neighbours: Tensor
 
-    def rows_at(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        """Return the rows [...] int64 of blocks at block coordinates, -1 where there is none."""
-        side = len(self.rows)
-        inside = (torch.minimum(torch.minimum(x, y), z) >= 0) & (
-            torch.maximum(torch.maximum(x, y), z) < side
-        )
-        key = torch.where(inside, (x * side + y) * side + z, 0)
-        return torch.where(inside, self.rows.view(-1)[key], -1).long()
-
     def ids_at(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         """Return the ids [...] int64 of voxels, -1 where their block is not there."""
-        row = self.rows_at(x >> 3, y >> 3, z >> 3)
-        return torch.where(row < 0, -1, row << 9 | (x & 7) << 6 | (y & 7) << 3 | (z & 7))
+        return voxel_ids(self.rows, x, y, z)
 
     def places(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the coordinates x, y, z [N] int64 of voxels."""
-        x, y, z = self.blocks[ids >> 9].unbind(1)
-        return x << 3 | (ids >> 6 & 7), y << 3 | (ids >> 3 & 7), z << 3 | (ids & 7)
+        """Return the coordinates x, y, z [...] int64 of voxels."""
+        return voxel_places(self.blocks, ids)
 
 
 def grid_of(keys: Tensor, side: int) -> Grid:
@@ -55,13 +45,7 @@ def grid_of(keys: Tensor, side: int) -> Grid:
     rows = torch.full((side,) * 3, -1, dtype=torch.int32, device=keys.device)
     rows.view(-1)[keys] = torch.arange(len(keys), dtype=torch.int32, device=keys.device)
     around = blocks[:, None] + torch.tensor(STEPS, device=keys.device)
-    neighbours = Grid(rows, blocks, blocks).rows_at(*around.unbind(2))
-    return Grid(rows, blocks, neighbours)
-
-
-def holds(masks: Tensor, ids: Tensor) -> Tensor:
-    """Return whether voxels [N], by id, are in the set; those of no block (-1) are."""
-    return masks.view(-1)[ids.clamp_min(0)] | (ids < 0)
+    return Grid(rows, blocks, block_rows(rows, *around.unbind(2)))
 
 
 def ids_of(masks: Tensor) -> Tensor:

@@ -10,26 +10,19 @@ import torch
 from torch import Tensor
 
 from kernels.distance import closest_triangles
+from kernels.feet import best_feet, foot_cells, holds
+from kernels.triangles import Point
 from tasks.sparse_common import BACKED, PLATE, SHELL
-from tasks.torch_distance import (
-    along,
-    chosen,
-    closest_on_triangle,
-    crossings,
-    squared_between,
-)
+from tasks.torch_distance import along, crossings
 from tasks.torch_masks import (
     CHUNK,
     Grid,
     blocks_around,
     dilated,
     eroded,
-    holds,
     ids_of,
     shifted,
 )
-
-Point = tuple[Tensor, Tensor, Tensor]
 
 
 def solid_voxels(walls: Tensor, outside: Tensor, neighbours: Tensor) -> Tensor:
@@ -72,65 +65,11 @@ def drop_hidden(
     for _ in range(math.ceil(reach) + 1):
         layer = todo & ~eroded(todo, grid.neighbours, (False, True))
         for ids in ids_of(layer).split(CHUNK):
-            best, which, foot = _best_of_neighbours(
-                grid, columns, outside, touch, todo, ids, work, feet, nearest
-            )
-            feet[work[ids >> 9] << 9 | (ids & 511)] = foot.T.float()
-            distance.view(-1)[ids] = best.sqrt().clamp_max(reach).float()
-            nearest.view(-1)[ids] = which
+            best_feet(
+                grid.rows, grid.blocks, columns, outside, touch, todo, work, ids, feet,
+                nearest, distance, reach,
+            )  # fmt: skip
         todo &= ~layer
-
-
-def _best_of_neighbours(
-    grid: Grid,
-    columns: Tensor,
-    outside: Tensor,
-    touch: Tensor,
-    todo: Tensor,
-    ids: Tensor,
-    work: Tensor,
-    feet: Tensor,
-    nearest: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the best of what their 26 neighbours offer voxels [N], by id, of one layer.
-
-    That is: squared distances [N] float64, triangles [N] int32 or -1, closest points [3, N].
-    feet [W * 512, 3]: the closest points of inside voxels, by work [B]; touch: the cells with a
-    corner outside.
-    """
-    x, y, z = grid.places(ids)
-    best = torch.full(ids.shape, torch.inf, dtype=torch.float64, device=ids.device)
-    which = torch.full(ids.shape, -1, dtype=torch.int32, device=ids.device)
-    foot = best.new_zeros((3, len(ids)))
-    for m in range(27):
-        at = x + m // 9 - 1, y + m // 3 % 3 - 1, z + m % 3 - 1
-        other = grid.ids_at(*at)
-        triangle = nearest.view(-1)[other.clamp_min(0)]
-        offers = (~holds(todo, other) & (triangle >= 0)).nonzero().view(-1)
-        triangle, other = triangle[offers], other[offers]
-        p: Point = (x[offers].double(), y[offers].double(), z[offers].double())
-        c = columns[:, triangle.long()]
-        q = closest_on_triangle(p, c)
-        seen = holds(touch, grid.ids_at(*(a.floor().long() for a in q)))
-        found = squared_between(p, q)
-        limit = best[offers]
-        hopeful = found < limit
-        hidden = (hopeful & ~seen).nonzero().view(-1)
-        if len(hidden):
-            other = other[hidden]
-            known = work[other >> 9]
-            stored = feet[known.clamp_min(0) << 9 | (other & 511)].T.double()
-            from_there: Point = tuple(a[offers[hidden]].double() for a in at)  # type: ignore[assignment]
-            own = closest_on_triangle(from_there, c[:, hidden])
-            instead = chosen((known >= 0) & ~holds(outside, other), (*stored,), own)
-            found[hidden] = squared_between((p[0][hidden], p[1][hidden], p[2][hidden]), instead)
-            for a in range(3):
-                q[a][hidden] = instead[a]
-        better = (hopeful & (found < limit)).nonzero().view(-1)
-        to = offers[better]
-        best[to], which[to] = found[better], triangle[better]
-        foot[:, to] = torch.stack(q)[:, better]
-    return best, which, foot
 
 
 def weak_voxels(outside: Tensor, neighbours: Tensor) -> Tensor:
@@ -167,20 +106,19 @@ def thin_cells(
         across = walls[axis] & outside & shifted(outside, grid.neighbours, axis, True)
         plates = _plates(grid, others, across & ~odd[axis], axis)
         single = ids_of(across & odd[axis])
+        # The four cells around an edge.
+        back = torch.cartesian_prod(*[torch.arange(2, device=outside.device)] * 2)
+        back = torch.cat([back[:, :axis], torch.zeros_like(back[:, :1]), back[:, axis:]], 1)
         for ids, is_plate in ((plates, True), (single, False)):
-            x, y, z = grid.places(ids)
-            for m in range(4):
-                back = [0, 0, 0]
-                back[0 if axis != 0 else 1] = m >> 1
-                back[2 if axis != 2 else 1] = m & 1
-                cells = grid.ids_at(x - back[0], y - back[1], z - back[2])
-                cells = cells[cells >= 0]
-                if is_plate:
-                    thin.view(-1)[cells] = True
-                else:
-                    alone = lonely.view(-1)[cells]
-                    thin.view(-1)[cells[alone]] = True
-                    excused.view(-1)[cells[~alone]] = True
+            x, y, z = (a[:, None] for a in grid.places(ids))
+            cells = grid.ids_at(x - back[:, 0], y - back[:, 1], z - back[:, 2])
+            cells = cells[cells >= 0]
+            if is_plate:
+                thin.view(-1)[cells] = True
+            else:
+                alone = lonely.view(-1)[cells]
+                thin.view(-1)[cells[alone]] = True
+                excused.view(-1)[cells[~alone]] = True
     # Farther voxels than a cell of the shell's surface has as corners don't count.
     near = outside & (distance < SHELL + 1.0)
     _mark_feet(grid, columns, patches, sheet, near, nearest, weak, empty, lonely, thin, excused)
@@ -246,35 +184,28 @@ def _mark_feet(
     patch_count = int(patches.max()) + 1
     asked = []
     for ids in ids_of(near).split(CHUNK):
-        triangle = nearest.view(-1)[ids].long()
-        single = ~sheet[triangle]
+        triangle = nearest.view(-1)[ids]
+        single = ~sheet[triangle.long()]
         ids, triangle = ids[single], triangle[single]
-        cells = _feet_cells(grid, columns, ids, triangle)
+        cells = foot_cells(grid.rows, grid.blocks, columns, ids, triangle)
         entered = (cells >= 0) & holds(empty, cells)
-        cells, triangle = cells[entered], triangle[entered]
+        cells, triangle = cells[entered], triangle[entered].long()
         alone = lonely.view(-1)[cells]
         thin.view(-1)[cells[alone]] = True
         asked.append(torch.unique(cells[~alone] * patch_count + patches[triangle[~alone]]))
     if not asked:
         return
-    for pairs in torch.unique(torch.cat(asked)).split(CHUNK):
+    around = torch.cartesian_prod(*[torch.arange(-1, 3, device=near.device)] * 3)
+    for pairs in torch.unique(torch.cat(asked)).split(CHUNK >> 6):
         cells, patch = pairs // patch_count, pairs % patch_count
-        x, y, z = grid.places(cells)
-        backed = torch.zeros_like(cells, dtype=torch.bool)
-        for m in range(64):  # is a solid voxel within a voxel of the cell closest to the patch?
-            ids = grid.ids_at(x + m // 16 - 1, y + m // 4 % 4 - 1, z + m % 4 - 1)
-            triangle = nearest.view(-1)[ids.clamp_min(0)].long()
-            same = patches[triangle.clamp_min(0)] == patch
-            backed |= ~holds(weak, ids) & (triangle >= 0) & same
+        x, y, z = (a[:, None] for a in grid.places(cells))
+        # Is a solid voxel within a voxel of the cell closest to the patch?
+        ids = grid.ids_at(x + around[:, 0], y + around[:, 1], z + around[:, 2])
+        triangle = nearest.view(-1)[ids.clamp_min(0)].long()
+        same = (triangle >= 0) & (patches[triangle.clamp_min(0)] == patch[:, None])
+        backed = (same & ~holds(weak, ids)).any(1)
         excused.view(-1)[cells[backed]] = True
         thin.view(-1)[cells[~backed]] = True
-
-
-def _feet_cells(grid: Grid, columns: Tensor, ids: Tensor, triangle: Tensor) -> Tensor:
-    """Return the cells [N], by id or -1, of the closest points of voxels on triangles [N]."""
-    x, y, z = grid.places(ids)
-    q = closest_on_triangle((x.double(), y.double(), z.double()), columns[:, triangle])
-    return grid.ids_at(*(a.floor().long() for a in q))
 
 
 def thicken(
@@ -285,10 +216,11 @@ def thicken(
     near = blocks_around(grid, thin.flatten(1).any(1), 2)
     flat = field.view(-1)
     for rows in near.nonzero().view(-1).split(CHUNK >> 9):
-        triangles = nearest[rows].flatten(1).long()
-        row, place = ((triangles >= 0) & ~sheet[triangles.clamp_min(0)]).nonzero(as_tuple=True)
+        triangles = nearest[rows].flatten(1)
+        single = (triangles >= 0) & ~sheet[triangles.clamp_min(0).long()]
+        row, place = single.nonzero(as_tuple=True)
         ids = rows[row] << 9 | place
-        cells = _feet_cells(grid, columns, ids, triangles[row, place])
+        cells = foot_cells(grid.rows, grid.blocks, columns, ids, triangles[single])
         ids = ids[holds(thin, cells) & (cells >= 0)]
         flat[ids] = (flat[ids].double() - SHELL).float()
 

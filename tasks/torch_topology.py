@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels.components import graph_components
+from kernels.triangles import closest_on_segment, squared_between
 from tasks.sparse_common import DIHEDRAL, SHARP_REACH, WELD
-from tasks.torch_distance import along, closest_on_segment, squared_between
+from tasks.torch_distance import along
 from tasks.torch_masks import Grid, expanded
 
 

@@ -28,7 +28,6 @@ from tasks.mesh import MeshRejectedError, normalise
 from tasks.mesh_io import read_mesh
 from tasks.procedural import FAMILIES, procedural_mesh
 from tasks.sign import oriented_patches
-from tasks.sparse_common import SLIVER
 from tasks.sparse_engine import sparse_field
 from tasks.sparse_engine_torch import sparse_field as sparse_field_torch
 from tasks.torch_distance import block_pairs
@@ -153,7 +152,7 @@ def test_closest_triangles_by_triton_are_those_of_the_twin() -> None:
     vertices, faces = plain(SOLIDS["torus"])
     corners = torch.from_numpy(((vertices + 1) * 16 - 0.5)[faces]).to(DEVICE)
     keys, starts, triangles = block_pairs(corners.view(-1, 9).T.contiguous(), 4, 3.0)
-    records = triangle_records(corners, SLIVER)
+    records = triangle_records(corners)
     blocks = grid_of(keys, 4).blocks[:3]
     starts = torch.cat([starts[:3], starts[2:3]])  # the last of them has no candidate
     expected = closest_triangles_torch(records, blocks, starts, triangles, 3.0)

@@ -1,0 +1,196 @@
+"""Times the torch path of the sparse engine, step by step: python benchmarks/conversion_gpu.py.
+
+    export FOLDER OUT [--meshes 12]       meshes of a folder as .npz, for machines without readers
+    time OUT/*.npz --resolutions 512 1024 median of each step over --runs, and peak GPU memory
+    traffic OUT/*.npz --resolutions 256   operations and bytes of each step, on any device
+    check OUT/*.npz --resolutions 256     against the compiled path, or the CPU where numba is not
+
+`time`, `traffic` and `check` need torch, triton, numpy and scipy only. Timings are from parsed mesh
+to band, watertight mesh, sharp and latent voxels on the device; `host` copies them back. `floor` is
+the traffic at 4.3 TB/s (an H200's copies) plus 5 us an operation: what plain torch can reach, the
+kernels' own arithmetic (their docstrings) beside it.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model.marching_cubes_torch import surface_by_torch
+from tasks.sparse_engine_torch import TorchResult, sparse_field
+from tasks.torch_topology import closed_and_oriented
+
+Surface = tuple[torch.Tensor, torch.Tensor]
+BYTES_A_SECOND, SECONDS_AN_OPERATION = 4.3e12, 5e-6
+
+
+def export(folder: Path, out: Path, count: int) -> None:
+    """Write the normalised meshes of a folder, evenly spread by their number of faces."""
+    from tasks.mesh import normalise
+    from tasks.mesh_io import READERS, read_mesh
+
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in READERS)
+    found = []
+    for path in paths[:: max(1, len(paths) // (8 * count))]:
+        mesh = read_mesh(path, folder)
+        found.append((len(mesh.faces), path.stem, normalise(mesh.vertices), mesh.faces))
+    found.sort(key=lambda item: item[:2])
+    out.mkdir(parents=True, exist_ok=True)
+    for i in np.unique(np.linspace(0, len(found) - 1, count).astype(int)):
+        faces, stem, vertices, triangles = found[i]
+        np.savez_compressed(
+            out / f"{faces}-{stem}.npz", vertices=vertices, faces=triangles.astype(np.int32)
+        )
+
+
+def run(
+    path: Path, resolution: int, device: str, mark: Callable[[str], None]
+) -> tuple[TorchResult, Surface]:
+    """Convert one mesh as `convert` does on a GPU, and leave the result there."""
+    with np.load(path) as mesh:
+        vertices, faces = mesh["vertices"], mesh["faces"].astype(np.int64)
+    mark("start")
+    result = sparse_field(vertices, faces, resolution, device, mark)
+    surface = surface_by_torch(result.blocks.long(), result.values, resolution)
+    mark("marching cubes")
+    assert closed_and_oriented(surface[1], len(surface[0])), f"{path}: open at {resolution}"
+    mark("closed")
+    return result, surface
+
+
+def seconds(path: Path, resolution: int, device: str, runs: int) -> dict[str, Any]:
+    """Return the median time of each step in milliseconds, after one run to warm up."""
+    taken: dict[str, list[float]] = defaultdict(list)
+    last = 0.0
+
+    def mark(step: str) -> None:
+        nonlocal last
+        if device == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if step != "start":
+            taken[step].append(1000 * (now - last))
+        last = now
+
+    for turn in range(runs + 1):
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        result, _ = run(path, resolution, device, mark)
+        result.on_host()
+        mark("host")
+        if not turn:
+            taken.clear()
+    row: dict[str, Any] = {step: round(statistics.median(t), 2) for step, t in taken.items()}
+    total = sum(row.values()) - row["host"]
+    row |= {"total": round(total, 1), "blocks": len(result.blocks)}
+    if device == "cuda":
+        row["peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return row
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts operations that launch something, and the bytes of their inputs and outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.__name__:
+            self.operations += 1
+            for item in tree_leaves((args, kwargs, out)):
+                if isinstance(item, torch.Tensor):
+                    # Broadcast dimensions are read once.
+                    held = [n for n, s in zip(item.shape, item.stride(), strict=True) if s]
+                    self.bytes += int(np.prod(held)) * item.element_size()
+        return out
+
+
+def traffic(path: Path, resolution: int, device: str) -> dict[str, Any]:
+    """Return operations, megabytes and the floor in milliseconds of each step."""
+    row: dict[str, Any] = {}
+    floor = 0.0
+    counter = _Traffic()
+
+    def mark(step: str) -> None:
+        nonlocal floor
+        if step not in ("start", "distances"):
+            least = counter.bytes / BYTES_A_SECOND + counter.operations * SECONDS_AN_OPERATION
+            floor += least
+            row[step] = (counter.operations, round(counter.bytes / 2**20), round(1000 * least, 2))
+        counter.operations = counter.bytes = 0
+
+    with counter:
+        result, _ = run(path, resolution, device, mark)
+    return row | {"blocks": len(result.blocks), "floor": round(1000 * floor, 1)}
+
+
+def check(path: Path, resolution: int, device: str) -> dict[str, Any]:
+    """Return how far the result lies from that of the compiled path, or of torch on the CPU."""
+    with np.load(path) as mesh:
+        vertices, faces = mesh["vertices"], mesh["faces"].astype(np.int64)
+    found = sparse_field(vertices, faces, resolution, device).on_host()
+    compiled = importlib.util.find_spec("numba") is not None
+    if compiled:
+        from tasks import sparse_engine
+
+        truth = sparse_engine.sparse_field(vertices, faces, resolution)
+    else:
+        truth = sparse_field(vertices, faces, resolution, "cpu").on_host()
+    same = np.array_equal(found.sdf.blocks, truth.sdf.blocks)
+    row = {"against": "compiled" if compiled else "cpu", "blocks": len(truth.sdf.blocks)}
+    for name in ("parts_in", "parts_out", "method", "thin_voxels"):
+        same &= getattr(found, name) == getattr(truth, name)
+    if same:
+        one, two = found.sdf, truth.sdf
+        row["signs"] = int(((one.values < 0) != (two.values < 0)).sum())
+        row["marks"] = int((one.sharp != two.sharp).sum())
+        row["values"] = float(np.abs(one.values - two.values).max(initial=0))
+        row["confidence"] = abs(found.confidence - truth.confidence)
+    return row | {"same": bool(same)}
+
+
+def main() -> None:
+    """Print one line of JSON a mesh and resolution."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["export", "time", "traffic", "check"])
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("--resolutions", nargs="+", type=int, default=[512])
+    parser.add_argument("--meshes", type=int, default=12)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if args.command == "export":
+        export(*args.paths, args.meshes)
+        return
+    if args.device == "cuda":
+        print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    totals = defaultdict(list)
+    for resolution in args.resolutions:
+        for path in args.paths:
+            if args.command == "time":
+                row = seconds(path, resolution, args.device, args.runs)
+                totals[resolution].append(row["total"])
+            elif args.command == "traffic":
+                row = traffic(path, resolution, args.device)
+                totals[resolution].append(row["floor"])
+            else:
+                row = check(path, resolution, args.device)
+            print(json.dumps({"mesh": path.stem, "resolution": resolution} | row), flush=True)
+    for resolution, found in totals.items():
+        print(f"{resolution}: median {statistics.median(found):.1f} ms, worst {max(found):.1f} ms")
+
+
+if __name__ == "__main__":
+    main()
