@@ -7,8 +7,8 @@
 
 `time`, `traffic` and `check` need torch, triton, numpy and scipy only. Timings are from parsed mesh
 to band, watertight mesh, sharp and latent voxels on the device; `host` copies them back. `floor` is
-the traffic at 4.3 TB/s (an H200's copies) plus 5 us an operation: what plain torch can reach, the
-kernels' own arithmetic (their docstrings) beside it.
+the traffic at 4.3 TB/s (an H200's copies) plus 5 us an operation: what plain torch can reach,
+beside the kernels, whose docstrings give theirs.
 """
 
 import argparse
@@ -18,15 +18,17 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from model.marching_cubes_torch import surface_by_torch
+from tasks import sparse_engine_torch, torch_shell, torch_sign
 from tasks.sparse_engine_torch import TorchResult, sparse_field
 from tasks.torch_topology import closed_and_oriented
 
@@ -35,18 +37,20 @@ BYTES_A_SECOND, SECONDS_AN_OPERATION = 4.3e12, 5e-6
 
 
 def export(folder: Path, out: Path, count: int) -> None:
-    """Write the normalised meshes of a folder, evenly spread by their number of faces."""
+    """Write normalised meshes of a folder, spread evenly by the logarithm of their faces."""
     from tasks.mesh import normalise
-    from tasks.mesh_io import READERS, read_mesh
+    from tasks.mesh_io import EXTENSIONS, read_mesh
 
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in READERS)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
     found = []
-    for path in paths[:: max(1, len(paths) // (8 * count))]:
+    for path in paths[:: max(1, len(paths) // (12 * count))]:
         mesh = read_mesh(path, folder)
         found.append((len(mesh.faces), path.stem, normalise(mesh.vertices), mesh.faces))
     found.sort(key=lambda item: item[:2])
     out.mkdir(parents=True, exist_ok=True)
-    for i in np.unique(np.linspace(0, len(found) - 1, count).astype(int)):
+    sizes = [item[0] for item in found]
+    wanted = np.geomspace(sizes[len(sizes) // 4], sizes[-1], count)
+    for i in np.unique(np.searchsorted(sizes, wanted).clip(max=len(sizes) - 1)):
         faces, stem, vertices, triangles = found[i]
         np.savez_compressed(
             out / f"{faces}-{stem}.npz", vertices=vertices, faces=triangles.astype(np.int32)
@@ -117,15 +121,32 @@ class _Traffic(TorchDispatchMode):
         return out
 
 
+def _hidden(function: Callable[..., Any], *args: Any) -> Any:
+    with _disable_current_modes():
+        return function(*args)
+
+
+def leave_out_kernels() -> None:
+    """Hide from counters what Triton does on a GPU and a twin elsewhere."""
+    for module, name in (
+        (sparse_engine_torch, "closest_triangles"),
+        (torch_shell, "closest_triangles"),
+        (torch_shell, "best_feet"),
+        (torch_shell, "foot_cells"),
+        (torch_sign, "block_labels"),
+    ):
+        setattr(module, name, partial(_hidden, getattr(module, name)))
+
+
 def traffic(path: Path, resolution: int, device: str) -> dict[str, Any]:
-    """Return operations, megabytes and the floor in milliseconds of each step."""
+    """Return operations, megabytes and the floor in milliseconds of each step, kernels left out."""
     row: dict[str, Any] = {}
     floor = 0.0
     counter = _Traffic()
 
     def mark(step: str) -> None:
         nonlocal floor
-        if step not in ("start", "distances"):
+        if step != "start":
             least = counter.bytes / BYTES_A_SECOND + counter.operations * SECONDS_AN_OPERATION
             floor += least
             row[step] = (counter.operations, round(counter.bytes / 2**20), round(1000 * least, 2))
@@ -176,6 +197,8 @@ def main() -> None:
         return
     if args.device == "cuda":
         print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    if args.command == "traffic":
+        leave_out_kernels()
     totals = defaultdict(list)
     for resolution in args.resolutions:
         for path in args.paths:

@@ -89,12 +89,12 @@ def foot_cells_triton(
     rows: Tensor, blocks: Tensor, columns: Tensor, ids: Tensor, triangles: Tensor
 ) -> Tensor:
     """Return what `foot_cells` does, by a thread a voxel."""
-    cells = torch.empty_like(ids)
+    cells = ids.new_empty(len(ids))
     if len(ids):
         sliver = torch.tensor([SLIVER], dtype=torch.float64, device=ids.device)
         _foot_cells_kernel[(triton.cdiv(len(ids), PER_PROGRAM),)](
             rows, len(rows), blocks, columns, columns.shape[1], sliver,
-            ids, len(ids), triangles, cells,
+            ids.contiguous(), len(ids), triangles.contiguous(), cells,
             N=PER_PROGRAM, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return cells
@@ -197,7 +197,7 @@ def best_feet_triton(
     _best_feet_kernel[(triton.cdiv(len(ids), PER_PROGRAM),)](
         rows, len(rows), blocks, columns, columns.shape[1], limits,
         outside.view(torch.int8), touch.view(torch.int8), todo.view(torch.int8), work,
-        ids, len(ids), feet, nearest, distance,
+        ids.contiguous(), len(ids), feet, nearest, distance,
         N=PER_PROGRAM, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -102,23 +102,16 @@ def thin_cells(
     empty = eroded(weak, grid.neighbours, (True,))
     lonely = eroded(empty, grid.neighbours, (False, True))  # no solid voxel within a voxel of it
     thin, excused = torch.zeros_like(outside), torch.zeros_like(outside)
-    for axis in range(3):
-        across = walls[axis] & outside & shifted(outside, grid.neighbours, axis, True)
-        plates = _plates(grid, others, across & ~odd[axis], axis)
-        single = ids_of(across & odd[axis])
-        # The four cells around an edge.
-        back = torch.cartesian_prod(*[torch.arange(2, device=outside.device)] * 2)
-        back = torch.cat([back[:, :axis], torch.zeros_like(back[:, :1]), back[:, axis:]], 1)
-        for ids, is_plate in ((plates, True), (single, False)):
-            x, y, z = (a[:, None] for a in grid.places(ids))
-            cells = grid.ids_at(x - back[:, 0], y - back[:, 1], z - back[:, 2])
-            cells = cells[cells >= 0]
-            if is_plate:
-                thin.view(-1)[cells] = True
-            else:
-                alone = lonely.view(-1)[cells]
-                thin.view(-1)[cells[alone]] = True
-                excused.view(-1)[cells[~alone]] = True
+    across = torch.stack(
+        [walls[a] & outside & shifted(outside, grid.neighbours, a, True) for a in range(3)]
+    )
+    plates, single = _plates(grid, others, across & ~odd), ids_of(across & odd)
+    cells = _cells_around(grid, plates)
+    thin.view(-1)[cells] = True
+    cells = _cells_around(grid, single)
+    alone = lonely.view(-1)[cells]
+    thin.view(-1)[cells[alone]] = True
+    excused.view(-1)[cells[~alone]] = True
     # Farther voxels than a cell of the shell's surface has as corners don't count.
     near = outside & (distance < SHELL + 1.0)
     _mark_feet(grid, columns, patches, sheet, near, nearest, weak, empty, lonely, thin, excused)
@@ -127,23 +120,33 @@ def thin_cells(
     return thin
 
 
-def _plates(grid: Grid, columns: Tensor, doubtful: Tensor, axis: int) -> Tensor:
-    """Return those of the doubtful edges, by id, that pass between nearly parallel sides.
+def _cells_around(grid: Grid, edges: Tensor) -> Tensor:
+    """Return the cells, by id, of the blocks there are, around edges [N]: places in [3, B, 512]."""
+    axis, ids = edges // (512 * len(grid.blocks)), edges % (512 * len(grid.blocks))
+    back = torch.cartesian_prod(*[torch.arange(2, device=edges.device)] * 2)
+    u, v, w = along(axis[:, None], back[:, 0], back[:, 1], torch.zeros_like(back[:, 0]))
+    x, y, z = (a[:, None] for a in grid.places(ids))
+    cells = grid.ids_at(x - u, y - v, z - w)
+    return cells[cells >= 0]
 
-    They are the first and the last of the triangles [9, F] that the edge crosses.
+
+def _plates(grid: Grid, columns: Tensor, doubtful: Tensor) -> Tensor:
+    """Return those of the doubtful edges that pass between nearly parallel sides.
+
+    doubtful: [3, B, 8, 8, 8]; the result are places in it. The sides are the first and the last of
+    the triangles [9, F] that the edge crosses.
     """
-    edges, faces, heights = [], [], []
-    if bool(doubtful.any()):
-        for face, pu, pv, height in crossings(columns, axis):
-            # A crossing at a voxel is one of both edges that end there.
-            for bottom in (height.floor().long(), height.ceil().long() - 1):
-                ids = grid.ids_at(*along(axis, pu, pv, bottom))
-                asked = holds(doubtful, ids) & (ids >= 0)
-                edges.append(ids[asked])
-                faces.append(face[asked])
-                heights.append(height[asked])
-    if not edges:
+    if not bool(doubtful.any()):
         return grid.blocks.new_zeros(0)
+    edges, faces, heights = [], [], []
+    for some in crossings(columns):
+        # A crossing at a voxel is one of both edges that end there.
+        for bottom in (some.height.floor().long(), some.height.ceil().long() - 1):
+            at = some.edges_at(grid, bottom)
+            asked = (holds(doubtful, at) & (at >= 0)).nonzero().view(-1)
+            edges.append(at[asked])
+            faces.append(some.face[asked])
+            heights.append(some.height[asked])
     height, face = torch.cat(heights), torch.cat(faces)
     found, edge = torch.unique(torch.cat(edges), return_inverse=True)
     low = height.new_full(found.shape, torch.inf).scatter_reduce_(0, edge, height, "amin")
@@ -153,9 +156,11 @@ def _plates(grid: Grid, columns: Tensor, doubtful: Tensor, axis: int) -> Tensor:
         there = height == end[edge]
         first = face.new_full(found.shape, columns.shape[1])
         ends.append(first.scatter_reduce_(0, edge[there], face[there], "amin"))
-    a, b = (_normals(columns[:, end]) for end in ends)
+    a, b = (torch.stack(_normals(columns[:, end])) for end in ends)
     facing = a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
-    facing = torch.where(a[axis] * b[axis] < 0, facing, -facing)
+    axis = (found // (512 * len(grid.blocks)))[None]
+    apart = (a.gather(0, axis) * b.gather(0, axis))[0] < 0
+    facing = torch.where(apart, facing, -facing)
     return found[(ends[0] != ends[1]) & (facing < -PLATE)]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.components import graph_components
 from kernels.triangles import closest_on_segment, squared_between
 from tasks.sparse_common import DIHEDRAL, SHARP_REACH, WELD
-from tasks.torch_distance import along
+from tasks.torch_distance import along, largest, turned
 from tasks.torch_masks import Grid, expanded
 
 
@@ -114,44 +114,31 @@ def mark_sharp(grid: Grid, segments: Tensor, field: Tensor, shell: float) -> Ten
     thickness).
     """
     marks = torch.zeros_like(field, dtype=torch.bool)
-    sizes = (segments[:, 1] - segments[:, 0]).abs()
-    x, y, z = sizes.unbind(1)
-    longest = torch.where(y > x, 1, 0)
-    longest = torch.where(z > torch.maximum(x, y), 2, longest)
-    for w in range(3):
-        _mark_along(w, grid, segments[longest == w], field, shell, marks)
-    return marks
-
-
-def _mark_along(
-    w: int, grid: Grid, segments: Tensor, field: Tensor, shell: float, marks: Tensor
-) -> None:
-    """Mark, in place, beside those segments that are longest along axis w: slab after slab."""
     window = 2  # a slab's disc reaches SHARP_REACH / cos(54.7 degrees) at most
     ends = segments.permute(1, 2, 0).contiguous()  # end, axis, segment
-    a, b = ends[0], ends[1]
-    first = (torch.minimum(a[w], b[w]) - SHARP_REACH).ceil().long()
-    last = (torch.maximum(a[w], b[w]) + SHARP_REACH).floor().long()
+    axis = largest((ends[1] - ends[0]).abs())
+    a, b = turned(ends, axis)
+    first = (torch.minimum(a[2], b[2]) - SHARP_REACH).ceil().long()
+    last = (torch.maximum(a[2], b[2]) + SHARP_REACH).floor().long()
     for s, place in expanded((last - first + 1) * 25):
         p, q = a[:, s], b[:, s]
-        pw = first[s] + place // 25
-        run = q[w] - p[w]
-        t = torch.where(run == 0, 0.0, ((pw - p[w]) / run).clamp(0, 1))
-        inner = []
-        within = torch.ones_like(pw, dtype=torch.bool)
-        for axis, step in (((w + 1) % 3, place // 5 % 5), ((w + 2) % 3, place % 5)):
-            centre = p[axis] + t * (q[axis] - p[axis])
-            at = (centre - window).ceil().long() + step
-            within &= at <= (centre + window).floor().long()
-            inner.append(at)
-        voxel = along(w, inner[0], inner[1], pw)
+        w = first[s] + place // 25
+        run = q[2] - p[2]
+        t = torch.where(run == 0, 0.0, ((w - p[2]) / run).clamp(0, 1))
+        centre_u, centre_v = p[:2] + t * (q[:2] - p[:2])
+        u = (centre_u - window).ceil().long() + place // 5 % 5
+        v = (centre_v - window).ceil().long() + place % 5
+        voxel = along(axis[s], u, v, w)
         ids = grid.ids_at(*voxel)
         point = voxel[0].double(), voxel[1].double(), voxel[2].double()
-        distance = squared_between(point, closest_on_segment(point, p, q)).sqrt()
-        within &= (ids >= 0) & (distance <= SHARP_REACH)
+        foot = closest_on_segment(point, ends[0, :, s], ends[1, :, s])
+        distance = squared_between(point, foot).sqrt()
         away = field.view(-1)[ids.clamp_min(0)].abs().double()
-        within &= away <= (distance + 0.1).clamp_min(shell)
-        marks.view(-1)[ids[within]] = True
+        near = (ids >= 0) & (distance <= SHARP_REACH)
+        near &= (u <= (centre_u + window).floor()) & (v <= (centre_v + window).floor())
+        near &= away <= (distance + 0.1).clamp_min(shell)
+        marks.view(-1)[ids[near]] = True
+    return marks
 
 
 def closed_and_oriented(faces: Tensor, vertex_count: int) -> bool:

@@ -6,6 +6,7 @@ Without a GPU the torch path runs on the CPU, and the kernels alone in Triton's 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import igl
 import numpy as np
@@ -22,7 +23,9 @@ from test_engine_properties import soups
 
 from kernels.components import block_labels_torch, block_labels_triton, graph_components
 from kernels.distance import closest_triangles_torch, closest_triangles_triton, triangle_records
+from kernels.feet import best_feet_torch, best_feet_triton, foot_cells_torch, foot_cells_triton
 from model.marching_cubes import marching_cubes
+from tasks import torch_shell
 from tasks.conversion import closed_and_oriented, convert
 from tasks.mesh import MeshRejectedError, normalise
 from tasks.mesh_io import read_mesh
@@ -163,6 +166,43 @@ def test_closest_triangles_by_triton_are_those_of_the_twin() -> None:
     assert (found[1][2] == -1).all()
     none = closest_triangles_triton(records, blocks[:0], starts[:1], triangles, 3.0)
     assert none[0].shape == (0, 8, 8, 8)
+
+
+def test_feet_by_triton_are_those_of_the_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, on what a conversion asks for: hidden walls, and a plate under a voxel."""
+    few = 128 if DEVICE == "cpu" else 1_000_000
+    layers, seen = [], []
+
+    def check_best(*args: Any) -> None:
+        *before, ids, feet, nearest, distance, reach = args
+        some = ids[:: max(1, len(ids) // few)][:few]
+        found = [part.clone() for part in (feet, nearest, distance)]
+        if len(layers) < 4:
+            best_feet_triton(*before, some, *found, reach)
+        best_feet_torch(*args)
+        if len(layers) < 4:
+            work = before[-1]
+            at = work[some >> 9] << 9 | (some & 511)
+            torch.testing.assert_close(found[0][at], feet[at], rtol=0, atol=0)
+            for one, two in ((found[1], nearest), (found[2], distance)):
+                one, two = one.view(-1)[some], two.view(-1)[some]
+                torch.testing.assert_close(one, two, rtol=0, atol=0)
+        layers.append(len(ids))
+
+    def check_cells(*args: Any) -> torch.Tensor:
+        *grid, ids, triangles = args
+        cells = foot_cells_torch(*args)
+        found = foot_cells_triton(*grid, ids[:few], triangles[:few])
+        torch.testing.assert_close(found, cells[:few], rtol=0, atol=0)
+        seen.append(len(ids))
+        return cells
+
+    monkeypatch.setattr(torch_shell, "best_feet", check_best)
+    monkeypatch.setattr(torch_shell, "foot_cells", check_cells)
+    sparse_field_torch(*plain(SCENES["ball with a hole, a box in it"]), 32, DEVICE)
+    assert len(layers) >= 4
+    sparse_field_torch(*plain(SCENES["plate and wire"]), 32, DEVICE)
+    assert sum(seen) > 1000
 
 
 @pytest.mark.parametrize("density", [0.35, 0.9])
