@@ -11,6 +11,7 @@ from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
+import torch
 from PIL import Image
 
 from tasks.conversion import CONVERSION_VERSION, Conversion, convert
@@ -91,7 +92,7 @@ def _stored(view: View) -> StoredView:
 
 
 def compile_kernels() -> None:
-    """Compile the numba kernels into their cache on disk: half a minute, once a machine."""
+    """Compile the kernels into their caches on disk: half a minute, once a machine."""
     corners = np.array([[-1.0, -1, -1], [1, 1, -1], [1, -1, 1], [-1, 1, 1]])
     faces = np.array([[0, 1, 2], [0, 3, 1], [0, 2, 3], [1, 3, 2]])
     # A solid with an open sheet beside it, and then a solid whose faces leave cracks between them,
@@ -100,10 +101,11 @@ def compile_kernels() -> None:
     vertices = normalise(np.concatenate([corners, sheet]))
     both = np.concatenate([faces, [[4, 5, 6]]])
     render_views(Mesh(vertices, both, face_material=np.zeros(5, np.int32)), 1, 16, 0)
-    convert(vertices, both, 32)
     centres = corners[faces].mean(1, keepdims=True)
-    apart = centres + 0.97 * (corners[faces] - centres)
-    convert(normalise(apart.reshape(-1, 3)), np.arange(12).reshape(-1, 3), 32)
+    apart = (centres + 0.97 * (corners[faces] - centres)).reshape(-1, 3)
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        convert(vertices, both, 32, device=device)
+        convert(normalise(apart), np.arange(12).reshape(-1, 3), 32, device=device)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ kernels (`kernels/distance.py`, `kernels/components.py`). Its results are those 
 path: equal blocks, signs, marks and parts, values but for rounding. It imports neither numba nor
 any mesh library.
 
-Memory: some 30 bytes a voxel of the blocks near triangles at most, which is 2.3 GB for the 150,000
+Memory: some 40 bytes a voxel of the blocks near triangles at most, which is 3 GB for the 150,000
 blocks of a large mesh at 1024, and half a GB for what is worked on at once (`torch_masks.CHUNK`).
 """
 
@@ -171,9 +171,11 @@ def _truncate(field: Tensor, tau: float, sharp: Tensor) -> Tensor:
     Returns which blocks [B] bool hold a voxel of the band.
     """
     keep = torch.zeros(len(field), dtype=torch.bool, device=field.device)
+    # A tensor, since CUDA divides by a number by multiplying with its inverse: that rounds twice.
+    divisor = torch.tensor(tau, dtype=torch.float64, device=field.device)
     for first in range(0, len(field), CHUNK >> 9):
         part = slice(first, first + (CHUNK >> 9))
-        values = (field[part].double() / tau).clamp(-1, 1).float()
+        values = (field[part].double() / divisor).clamp(-1, 1).float()
         band = values.abs() < 1
         field[part] = values
         sharp[part] &= band

@@ -4,6 +4,8 @@ Without a GPU the torch path runs on the CPU, and the kernels alone in Triton's 
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -278,3 +280,39 @@ def test_closed_and_oriented_says_the_same_on_both_paths() -> None:
     for case, expected in cases:
         assert closed_and_oriented(case.numpy(), len(points)) == expected
         assert closed_and_oriented_torch(case, len(points)) == expected
+
+
+COMPILE = """
+import re
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels import components, distance, feet
+
+kinds = {"f": "*fp64", "s": "*fp32", "l": "*i64", "i": "*i32", "h": "*i16", "b": "*i8", "n": "i32"}
+for kernel, types, constants, options in (
+    (distance._closest_triangles_kernel, "fllifsi", {"RECORD": 20}, {"enable_fp_fusion": False}),
+    (components._block_labels_kernel, "bbhn", {}, {}),
+    (feet._foot_cells_kernel, "inlfnflnil", {"N": 128}, {"enable_fp_fusion": False}),
+    (feet._best_feet_kernel, "inlfnfbbbllnsis", {"N": 128}, {"enable_fp_fusion": False}),
+):
+    signature = dict(zip(kernel.arg_names, [kinds[t] for t in types]))
+    signature |= dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, places)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    assert not re.search(r"fma\\.rn\\.f64", ptx), f"{kernel.__name__} fuses"
+    print(kernel.__name__, file=sys.stderr)
+"""
+
+
+def test_kernels_compile_for_hopper_and_fuse_nothing() -> None:
+    """Without a GPU too: a fused product and sum would round otherwise than the compiled path."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("kernel") == 4
