@@ -1,9 +1,10 @@
 """Times the torch path of the sparse engine, step by step: python benchmarks/conversion_gpu.py.
 
-    export FOLDER OUT [--meshes 12]       meshes of a folder as .npz, for machines without readers
+    export FOLDER OUT --resolutions 256   meshes of a folder as .npz, with a summary of what the
+                                          compiled path makes of them
     time OUT/*.npz --resolutions 512 1024 median of each step over --runs, and peak GPU memory
     traffic OUT/*.npz --resolutions 256   operations and bytes of each step, on any device
-    check OUT/*.npz --resolutions 256     against the compiled path, or the CPU where numba is not
+    check OUT/*.npz --resolutions 256     results on this device against those summaries
 
 `time`, `traffic` and `check` need torch, triton, numpy and scipy only. Timings are from parsed mesh
 to band, watertight mesh, sharp and latent voxels on the device; `host` copies them back. `floor` is
@@ -12,7 +13,7 @@ beside the kernels, whose docstrings give theirs.
 """
 
 import argparse
-import importlib.util
+import hashlib
 import json
 import statistics
 import time
@@ -29,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from model.marching_cubes_torch import surface_by_torch
 from tasks import sparse_engine_torch, torch_shell, torch_sign
+from tasks.sparse_common import SparseResult
 from tasks.sparse_engine_torch import TorchResult, sparse_field
 from tasks.torch_topology import closed_and_oriented
 
@@ -36,8 +38,11 @@ Surface = tuple[torch.Tensor, torch.Tensor]
 BYTES_A_SECOND, SECONDS_AN_OPERATION = 4.3e12, 5e-6
 
 
-def export(folder: Path, out: Path, count: int) -> None:
-    """Write normalised meshes of a folder, spread evenly by the logarithm of their faces."""
+def export(folder: Path, out: Path, count: int, resolutions: list[int]) -> None:
+    """Write normalised meshes of a folder, spread evenly by the logarithm of their faces, and what
+    the compiled path makes of them.
+    """
+    from tasks import sparse_engine
     from tasks.mesh import normalise
     from tasks.mesh_io import EXTENSIONS, read_mesh
 
@@ -47,14 +52,16 @@ def export(folder: Path, out: Path, count: int) -> None:
         mesh = read_mesh(path, folder)
         found.append((len(mesh.faces), path.stem, normalise(mesh.vertices), mesh.faces))
     found.sort(key=lambda item: item[:2])
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "truth").mkdir(parents=True, exist_ok=True)
     sizes = [item[0] for item in found]
     wanted = np.geomspace(sizes[len(sizes) // 4], sizes[-1], count)
     for i in np.unique(np.searchsorted(sizes, wanted).clip(max=len(sizes) - 1)):
         faces, stem, vertices, triangles = found[i]
-        np.savez_compressed(
-            out / f"{faces}-{stem}.npz", vertices=vertices, faces=triangles.astype(np.int32)
-        )
+        path = out / f"{faces}-{stem}.npz"
+        np.savez_compressed(path, vertices=vertices, faces=triangles.astype(np.int32))
+        for resolution in resolutions:
+            result = sparse_engine.sparse_field(vertices, triangles, resolution)
+            np.savez_compressed(truth_file(path, resolution), **summary(result))
 
 
 def run(
@@ -134,6 +141,7 @@ def leave_out_kernels() -> None:
         (torch_shell, "best_feet"),
         (torch_shell, "foot_cells"),
         (torch_sign, "block_labels"),
+        (torch_sign, "winding_numbers"),
     ):
         setattr(module, name, partial(_hidden, getattr(module, name)))
 
@@ -157,29 +165,41 @@ def traffic(path: Path, resolution: int, device: str) -> dict[str, Any]:
     return row | {"blocks": len(result.blocks), "floor": round(1000 * floor, 1)}
 
 
+def summary(result: SparseResult) -> dict[str, Any]:
+    """Return what stands for a result: what must be equal, and a sample of the values."""
+    sdf = result.sdf
+    exact = hashlib.sha256(sdf.blocks.tobytes())
+    exact.update(np.packbits(sdf.values < 0).tobytes())
+    exact.update(np.packbits(sdf.sharp).tobytes())
+    at = np.linspace(0, max(0, sdf.values.size - 1), 20_000).astype(np.int64)
+    return {
+        "exact": exact.hexdigest(),
+        "report": f"{result.method} {result.parts_in} {result.parts_out} {result.thin_voxels}",
+        "blocks": len(sdf.blocks),
+        "values": sdf.values.reshape(-1)[at],
+        "confidence": result.confidence,
+    }
+
+
+def truth_file(path: Path, resolution: int) -> Path:
+    """Return where `export` puts the summary of the compiled path's result."""
+    return path.parent / "truth" / f"{path.stem}-{resolution}.npz"
+
+
 def check(path: Path, resolution: int, device: str) -> dict[str, Any]:
-    """Return how far the result lies from that of the compiled path, or of torch on the CPU."""
+    """Return how far the result lies from that of the compiled path, as `export` kept it."""
     with np.load(path) as mesh:
         vertices, faces = mesh["vertices"], mesh["faces"].astype(np.int64)
-    found = sparse_field(vertices, faces, resolution, device).on_host()
-    compiled = importlib.util.find_spec("numba") is not None
-    if compiled:
-        from tasks import sparse_engine
-
-        truth = sparse_engine.sparse_field(vertices, faces, resolution)
-    else:
-        truth = sparse_field(vertices, faces, resolution, "cpu").on_host()
-    same = np.array_equal(found.sdf.blocks, truth.sdf.blocks)
-    row = {"against": "compiled" if compiled else "cpu", "blocks": len(truth.sdf.blocks)}
-    for name in ("parts_in", "parts_out", "method", "thin_voxels"):
-        same &= getattr(found, name) == getattr(truth, name)
-    if same:
-        one, two = found.sdf, truth.sdf
-        row["signs"] = int(((one.values < 0) != (two.values < 0)).sum())
-        row["marks"] = int((one.sharp != two.sharp).sum())
-        row["values"] = float(np.abs(one.values - two.values).max(initial=0))
-        row["confidence"] = abs(found.confidence - truth.confidence)
-    return row | {"same": bool(same)}
+    found = summary(sparse_field(vertices, faces, resolution, device).on_host())
+    with np.load(truth_file(path, resolution)) as truth:
+        same = all(found[name] == truth[name] for name in ("exact", "report", "blocks"))
+        values = float(np.abs(found["values"] - truth["values"]).max())
+        confidence = float(abs(found["confidence"] - truth["confidence"]))
+        row = {"same": same, "values": values, "confidence": confidence}
+        if not same:
+            row |= {"found": f"{found['report']} {found['blocks']}"}
+            row |= {"expected": f"{truth['report']} {truth['blocks']}"}
+    return row
 
 
 def main() -> None:
@@ -193,7 +213,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.command == "export":
-        export(*args.paths, args.meshes)
+        export(*args.paths, args.meshes, args.resolutions)
         return
     if args.device == "cuda":
         print(torch.cuda.get_device_name(), torch.__version__, flush=True)

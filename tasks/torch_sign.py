@@ -13,15 +13,12 @@ from scipy import ndimage
 from torch import Tensor
 
 from kernels.components import NO_LABEL, block_labels, graph_components
+from kernels.winding import winding_numbers
 from model.sdf import BLOCK
 from tasks.sparse_common import CLEARANCE, SAMPLES, SMALL_POCKET, SOLID_ANGLES, STEPS, SURE
 from tasks.torch_masks import Grid, ids_of, shifted
 
-# Solid angles are summed as multiples of this: sums of integers don't depend on the order, and
-# a million of them stay under 2^63.
-QUANTUM = 2.0**-42
 CHUNK_BLOCKS = 2**14  # where each voxel needs an index of eight bytes
-CHUNK_ANGLES = 2**21  # some 250 bytes each
 
 
 @dataclass(frozen=True)
@@ -299,38 +296,6 @@ def _evidence(columns: Tensor, patches: Tensor, turns: Tensor, grid: Grid, ids: 
     total, strongest = winding_numbers(columns, patches, turns, points)
     together = torch.where(total.round() == 0, 0, 1 - 4 * (total - total.round()).abs())
     return torch.maximum(together, strongest).clamp(0, 1)
-
-
-def winding_numbers(
-    columns: Tensor, patches: Tensor, turns: Tensor, points: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return (sum over all triangles [S], greatest absolute sum of a patch [S]) at points [S, 3].
-
-    columns: [9, F]; patches: [F] int64; turns: [F], -1 for a triangle to be turned round in its
-    patch's sum. Solid angles by van Oosterom and Strackee (1983), summed to QUANTUM.
-    """
-    patch_count = int(patches.max()) + 1
-    found: list[tuple[Tensor, Tensor]] = []
-    for some in points.split(max(1, CHUNK_ANGLES // max(columns.shape[1], patch_count))):
-        px, py, pz = (some[:, i, None] for i in range(3))
-        ax, ay, az = columns[0] - px, columns[1] - py, columns[2] - pz
-        bx, by, bz = columns[3] - px, columns[4] - py, columns[5] - pz
-        cx, cy, cz = columns[6] - px, columns[7] - py, columns[8] - pz
-        la = (ax * ax + ay * ay + az * az).sqrt()
-        lb = (bx * bx + by * by + bz * bz).sqrt()
-        lc = (cx * cx + cy * cy + cz * cz).sqrt()
-        volume = ax * (by * cz - bz * cy) - ay * (bx * cz - bz * cx) + az * (bx * cy - by * cx)
-        base = la * lb * lc + (ax * bx + ay * by + az * bz) * lc
-        base += (bx * cx + by * cy + bz * cz) * la + (cx * ax + cy * ay + cz * az) * lb
-        share = torch.atan2(volume, base) / (2 * torch.pi * QUANTUM)
-        turned = (share * turns).round().long()
-        if patch_count == 1:
-            sums = turned.sum(1, keepdim=True)
-        else:
-            sums = turned.new_zeros((len(some), patch_count)).index_add_(1, patches, turned)
-        found.append((share.round().long().sum(1), sums.abs().amax(1)))
-    total, strongest = (torch.cat(part).double() * QUANTUM for part in zip(*found, strict=True))
-    return total, strongest
 
 
 def border_voxels(grid: Grid) -> Tensor:
