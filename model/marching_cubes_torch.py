@@ -13,8 +13,8 @@ from model.sdf import BLOCK
 # A cell's corner c sits at (c & 1, c >> 1 & 1, c >> 2); an edge joins two corners that differ in
 # one bit, and is named by its lower corner and its axis.
 EDGES = [(c, c | 1 << axis, axis) for axis in range(3) for c in range(8) if not c >> axis & 1]
-# Blocks of one pass: bounds the temporary memory to some 100 MB.
-CHUNK = 8192
+# Blocks of one pass: bounds the temporary memory to some 400 MB.
+CHUNK = 32768
 # Vertices keep this share of an edge away from its ends, so that no triangle is degenerate where a
 # sample is exactly zero. It moves a vertex by a thousandth of a voxel at most.
 END_MARGIN = 1e-3

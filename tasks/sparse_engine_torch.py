@@ -1,12 +1,12 @@
 """The sparse conversion engine on any device: the torch twin of `tasks/sparse_engine.py`.
 
-The same steps in the same order, as operations on whole arrays (`tasks/torch_*.py`) and two Triton
-kernels (`kernels/distance.py`, `kernels/components.py`). Its results are those of the compiled
+The same steps in the same order, as operations on whole arrays (`tasks/torch_*.py`) and Triton
+kernels (`kernels/{distance,feet,components,winding}.py`). Its results are those of the compiled
 path: equal blocks, signs, marks and parts, values but for rounding. It imports neither numba nor
 any mesh library.
 
 Memory: some 40 bytes a voxel of the blocks near triangles at most, which is 3 GB for the 150,000
-blocks of a large mesh at 1024, and half a GB for what is worked on at once (`torch_masks.CHUNK`).
+blocks of a large mesh at 1024, and half a GB for what is worked on at once (the modules' CHUNKs).
 """
 
 from collections.abc import Callable

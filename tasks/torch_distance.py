@@ -202,9 +202,12 @@ def edge_crossings(columns: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]
         count.scatter_add_(0, edges, torch.ones_like(edges, dtype=torch.int32))
         edges = some.edges_at(grid, torch.where(lower != main, lower, main + 1))
         walls.view(-1)[edges[((lower != main) | (upper != main)) & (edges >= 0)]] = True
-    count = count.view(shape)
-    walls |= count > 0
-    return walls, count & 1 == 1, count > 1
+    odd, double = torch.empty_like(walls), torch.empty_like(walls)
+    for axis, found in enumerate(count.view(shape)):
+        walls[axis] |= found > 0
+        odd[axis] = found & 1 == 1
+        double[axis] = found > 1
+    return walls, odd, double
 
 
 def crossing_votes(

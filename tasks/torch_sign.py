@@ -6,6 +6,7 @@ there are the nodes of a graph, whose components are found in a few passes. Sets
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def _step(space: Space, far: Tensor, allowed: Tensor, frontier: Tensor) -> Tenso
     entered &= ~far
     far |= entered
     for side, (rows, regions) in enumerate(space.sides):
-        _face(reached, side)[rows[entered[regions]]] = True
+        _face(reached, side)[rows] |= entered[regions][:, None, None]
     return reached & allowed
 
 
@@ -272,7 +273,7 @@ def _settle_between(
     by these steps.
     """
     closed = ~far
-    between = torch.stack(levels).any(0)
+    between = reduce(torch.logical_or, levels)
     contested, frontier = torch.zeros_like(inside), inside
     for _ in range(STEPS):
         frontier = _step(space, closed, between & ~contested, frontier)
@@ -284,7 +285,7 @@ def _settle_between(
         return inside
     frontier, closed = inside, ~far
     for step in range(1, STEPS):  # who is nearer has it
-        allowed = torch.stack(levels[step:]).any(0) & ~inside
+        allowed = reduce(torch.logical_or, levels[step:]) & ~inside
         frontier = _step(space, closed, allowed, frontier)
         inside = inside | frontier
     return inside
