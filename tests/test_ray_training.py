@@ -49,14 +49,6 @@ def read(path: Path) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers lack this module
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
@@ -89,7 +81,7 @@ def bare(job, folder, report) -> None:
 
 
 def test_a_killed_worker_goes_on_and_the_losses_are_those_of_the_bare_loop(
-    cluster, root, samples, tmp_path
+    ray_session, root, samples, tmp_path
 ):
     job = make_job(root, samples)
     bare(job, tmp_path / "bare", FileReport(tmp_path / "bare.log"))
@@ -104,7 +96,7 @@ def test_a_killed_worker_goes_on_and_the_losses_are_those_of_the_bare_loop(
     assert read(log) == expected[:5] + expected[4:]
 
 
-def test_two_workers_take_the_mean_of_their_losses(cluster, root, samples, tmp_path):
+def test_two_workers_take_the_mean_of_their_losses(ray_session, root, samples, tmp_path):
     job = make_job(root, samples, token_budget=64, steps=2)  # a sample a batch
     log = tmp_path / "log"
     result = train_on_ray(job, lambda: FileReport(log), num_workers=2, cpus_per_worker=1)
@@ -119,7 +111,7 @@ def test_two_workers_take_the_mean_of_their_losses(cluster, root, samples, tmp_p
     assert expected[0] != pytest.approx(expected[1], rel=1e-3)
 
 
-def test_what_would_fail_again_is_not_tried_again(cluster, root, samples, tmp_path):
+def test_what_would_fail_again_is_not_tried_again(ray_session, root, samples, tmp_path):
     job = make_job(root, samples, learning_rate=1e30, schedule="constant", warmup_steps=0)
     log = tmp_path / "log"
     with pytest.raises(TrainingDivergedError, match="structure-vae"):
@@ -148,7 +140,7 @@ def test_a_run_name_tells_data_and_configuration_apart(root, samples):
 
 
 def test_a_stopped_training_goes_on_and_is_registered_once_it_is_done(
-    cluster, root, samples, tmp_path
+    ray_session, root, samples, tmp_path
 ):
     uri = tracking_uri(tmp_path)
     with start_run("train", "train", uri) as run:
@@ -166,7 +158,7 @@ def test_a_stopped_training_goes_on_and_is_registered_once_it_is_done(
     assert [v.version for v in model_versions(second.name, uri)] == [1, 2]
 
 
-def test_one_folder_has_one_training(cluster, root, samples, tmp_path, monkeypatch):
+def test_one_folder_has_one_training(ray_session, root, samples, tmp_path, monkeypatch):
     monkeypatch.setattr("tasks.ray_training.BUSY_SECONDS", 0.3)
     job = make_job(root, samples, seed=3)
     (job.checkpoint_dir / "step-00000001").mkdir(parents=True)
