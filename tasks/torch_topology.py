@@ -54,7 +54,8 @@ def part_sizes(columns: Tensor, parts: Tensor) -> Tensor:
     index = parts.expand(3, -1)
     low = points.new_full(shape, torch.inf).scatter_reduce_(1, index, points.amin(0), "amin")
     high = points.new_full(shape, -torch.inf).scatter_reduce_(1, index, points.amax(0), "amax")
-    return (high - low).norm(dim=0)
+    x, y, z = high - low
+    return (x * x + y * y + z * z).sqrt()
 
 
 def _half_edges(faces: Tensor) -> tuple[Tensor, Tensor]:

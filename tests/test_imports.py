@@ -9,16 +9,10 @@ import pytest
 PROJECT = Path(__file__).resolve().parent.parent
 LAYERS = ["flows", "tasks", "model", "kernels"]
 MESH_MODULES = (
-    "tasks/conversion.py",
-    "tasks/distance.py",
     "tasks/mesh",  # mesh_io.py and the readers, mesh_inspection.py, mesh2sdf_engine.py
     "tasks/metrics.py",
     "tasks/pictures.py",
     "tasks/rendering.py",
-    "tasks/sharp.py",
-    "tasks/shell.py",
-    "tasks/sign.py",
-    "tasks/sparse_engine.py",
 )
 # library: the files or folders that may import it
 HOMES = {
