@@ -22,7 +22,6 @@ from kernels.triangles import (
     Point,
     chosen,
     closest_on_triangle,
-    closest_point,
     squared_between,
 )
 
@@ -203,6 +202,56 @@ def best_feet_triton(
 
 
 @triton.jit
+def _square(x, y, z):
+    return x * x + y * y + z * z
+
+
+@triton.jit
+def _on_segment(px, py, pz, ax, ay, az, bx, by, bz):
+    ux, uy, uz = bx - ax, by - ay, bz - az
+    length = ux * ux + uy * uy + uz * uz
+    some = length > 0.0
+    t = (px - ax) * ux + (py - ay) * uy + (pz - az) * uz
+    t = tl.minimum(tl.maximum(t / tl.where(some, length, 1.0), 0.0), 1.0)
+    t = tl.where(some, t, 0.0)
+    return ax + t * ux, ay + t * uy, az + t * uz
+
+
+@triton.jit
+def _closest_point(px, py, pz, ax, ay, az, bx, by, bz, cx, cy, cz, sliver):
+    """Return the closest points of triangles abc to points p, by the region that p falls in."""
+    ux, uy, uz = bx - ax, by - ay, bz - az
+    vx, vy, vz = cx - ax, cy - ay, cz - az
+    wx, wy, wz = px - ax, py - ay, pz - az
+    uu = ux * ux + uy * uy + uz * uz
+    uv = ux * vx + uy * vy + uz * vz
+    vv = vx * vx + vy * vy + vz * vz
+    area = uu * vv - uv * uv
+    longest = tl.maximum(tl.maximum(uu, vv), uu + vv - 2 * uv)
+    wu = wx * ux + wy * uy + wz * uz
+    wv = wx * vx + wy * vy + wz * vz
+    s = vv * wu - uv * wv
+    t = uu * wv - uv * wu
+    above = (area > sliver * longest * longest) & (s >= 0.0) & (t >= 0.0) & (s + t <= area)
+    whole = tl.where(above, area, 1.0)
+    s, t = s / whole, t / whole
+    qx, qy, qz = _on_segment(px, py, pz, ax, ay, az, bx, by, bz)
+    best = _square(px - qx, py - qy, pz - qz)
+    ex, ey, ez = _on_segment(px, py, pz, bx, by, bz, cx, cy, cz)
+    found = _square(px - ex, py - ey, pz - ez)
+    closer = found < best
+    best = tl.where(closer, found, best)
+    qx, qy, qz = tl.where(closer, ex, qx), tl.where(closer, ey, qy), tl.where(closer, ez, qz)
+    ex, ey, ez = _on_segment(px, py, pz, cx, cy, cz, ax, ay, az)
+    closer = _square(px - ex, py - ey, pz - ez) < best
+    qx, qy, qz = tl.where(closer, ex, qx), tl.where(closer, ey, qy), tl.where(closer, ez, qz)
+    qx = tl.where(above, ax + s * ux + t * vx, qx)
+    qy = tl.where(above, ay + s * uy + t * vy, qy)
+    qz = tl.where(above, az + s * uz + t * vz, qz)
+    return qx, qy, qz
+
+
+@triton.jit
 def _voxel_id(rows, side, x, y, z, live):
     inside = live & (x >= 0) & (y >= 0) & (z >= 0)
     inside &= (x < 8 * side) & (y < 8 * side) & (z < 8 * side)
@@ -247,7 +296,7 @@ def _foot_cells_kernel(
     ax, ay, az = _corner(columns, faces, 0, triangle, live)
     bx, by, bz = _corner(columns, faces, 1, triangle, live)
     cx, cy, cz = _corner(columns, faces, 2, triangle, live)
-    qx, qy, qz = closest_point(
+    qx, qy, qz = _closest_point(
         x.to(tl.float64), y.to(tl.float64), z.to(tl.float64),
         ax, ay, az, bx, by, bz, cx, cy, cz, tl.load(limits),
     )  # fmt: skip
@@ -282,7 +331,7 @@ def _best_feet_kernel(
         ax, ay, az = _corner(columns, faces, 0, t, offers)
         bx, by, bz = _corner(columns, faces, 1, t, offers)
         cx, cy, cz = _corner(columns, faces, 2, t, offers)
-        qx, qy, qz = closest_point(
+        qx, qy, qz = _closest_point(
             px, py, pz, ax, ay, az, bx, by, bz, cx, cy, cz, sliver
         )  # fmt: skip
         cell = _voxel_id(rows, side, _floor(qx), _floor(qy), _floor(qz), offers)
@@ -296,7 +345,7 @@ def _best_feet_kernel(
             stored = hidden & (known >= 0)
             stored &= tl.load(outside + other, stored, 1) == 0
             foot = feet + 3 * (known * 512 + (other & 511))
-            ox, oy, oz = closest_point(
+            ox, oy, oz = _closest_point(
                 i.to(tl.float64), j.to(tl.float64), k.to(tl.float64),
                 ax, ay, az, bx, by, bz, cx, cy, cz, sliver,
             )  # fmt: skip

@@ -1,16 +1,11 @@
-"""Closest points of triangles, one triangle a point: in torch, and as a Triton function.
+"""Closest points of triangles, one triangle a point, in torch alone (`feet.py` has Triton's).
 
-Both do the operations of the compiled path (`tasks/distance.py`) in its order, none of them fused,
+They do the operations of the compiled path (`tasks/distance.py`) in its order, none of them fused,
 so that floors and comparisons of their results fall as they do there. Points are x, y and z apart;
 triangles are [9, N] float64: rows x, y, z of the first corner, then of the others.
 """
 
-# Triton functions have no annotations that mypy could read.
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 # Squared area over fourth power of the longest edge, under which a triangle counts as its edges:
@@ -72,53 +67,3 @@ def closest_on_triangle(p: Point, c: Tensor) -> Point:
         best = torch.where(closer, d, best)
         q = chosen(closer, e, q)
     return chosen(above, foot, q)
-
-
-@triton.jit
-def _square(x, y, z):
-    return x * x + y * y + z * z
-
-
-@triton.jit
-def _on_segment(px, py, pz, ax, ay, az, bx, by, bz):
-    ux, uy, uz = bx - ax, by - ay, bz - az
-    length = ux * ux + uy * uy + uz * uz
-    some = length > 0.0
-    t = (px - ax) * ux + (py - ay) * uy + (pz - az) * uz
-    t = tl.minimum(tl.maximum(t / tl.where(some, length, 1.0), 0.0), 1.0)
-    t = tl.where(some, t, 0.0)
-    return ax + t * ux, ay + t * uy, az + t * uz
-
-
-@triton.jit
-def closest_point(px, py, pz, ax, ay, az, bx, by, bz, cx, cy, cz, sliver):
-    """Return the closest points of triangles abc to points p, by the region that p falls in."""
-    ux, uy, uz = bx - ax, by - ay, bz - az
-    vx, vy, vz = cx - ax, cy - ay, cz - az
-    wx, wy, wz = px - ax, py - ay, pz - az
-    uu = ux * ux + uy * uy + uz * uz
-    uv = ux * vx + uy * vy + uz * vz
-    vv = vx * vx + vy * vy + vz * vz
-    area = uu * vv - uv * uv
-    longest = tl.maximum(tl.maximum(uu, vv), uu + vv - 2 * uv)
-    wu = wx * ux + wy * uy + wz * uz
-    wv = wx * vx + wy * vy + wz * vz
-    s = vv * wu - uv * wv
-    t = uu * wv - uv * wu
-    above = (area > sliver * longest * longest) & (s >= 0.0) & (t >= 0.0) & (s + t <= area)
-    whole = tl.where(above, area, 1.0)
-    s, t = s / whole, t / whole
-    qx, qy, qz = _on_segment(px, py, pz, ax, ay, az, bx, by, bz)
-    best = _square(px - qx, py - qy, pz - qz)
-    ex, ey, ez = _on_segment(px, py, pz, bx, by, bz, cx, cy, cz)
-    found = _square(px - ex, py - ey, pz - ez)
-    closer = found < best
-    best = tl.where(closer, found, best)
-    qx, qy, qz = tl.where(closer, ex, qx), tl.where(closer, ey, qy), tl.where(closer, ez, qz)
-    ex, ey, ez = _on_segment(px, py, pz, cx, cy, cz, ax, ay, az)
-    closer = _square(px - ex, py - ey, pz - ez) < best
-    qx, qy, qz = tl.where(closer, ex, qx), tl.where(closer, ey, qy), tl.where(closer, ez, qz)
-    qx = tl.where(above, ax + s * ux + t * vx, qx)
-    qy = tl.where(above, ay + s * uy + t * vy, qy)
-    qz = tl.where(above, az + s * uz + t * vz, qz)
-    return qx, qy, qz

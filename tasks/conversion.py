@@ -12,13 +12,13 @@ import torch
 from model.compiled import compiled
 from model.marching_cubes import marching_cubes
 from model.sdf import BLOCK, SHAPE_SCALE, SparseSDF
-from tasks import sparse_engine_torch, torch_topology
 from tasks.mesh import MeshRejectedError
 from tasks.mesh2sdf_engine import check_dense_resolution, dense_field
 from tasks.sparse_common import SparseResult
 from tasks.sparse_engine import sparse_field
 
 Device = Literal["cpu", "cuda"]
+Surface = tuple[np.ndarray, np.ndarray]  # vertices, faces
 # Part of a catalogue row's recipe: raise it when a conversion's result changes.
 CONVERSION_VERSION = "4"
 
@@ -38,7 +38,7 @@ class Conversion:
     """
 
     sdf: SparseSDF
-    surface: tuple[np.ndarray, np.ndarray]
+    surface: Surface
     parts_in: int
     parts_out: int
     closed: bool
@@ -83,15 +83,14 @@ def convert(
         device = "cpu"
     elif device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    result, points, triangles = _converted(vertices, faces, resolution, engine, device)
-    if not len(triangles):
+    if device == "cuda":
+        result, surface, closed = _converted_on_gpu(vertices, faces, resolution)
+    else:
+        result, surface, closed = _converted_on_cpu(vertices, faces, resolution, engine)
+    if not len(surface[1]):
         raise MeshRejectedError(
             "no_surface", f"nothing of the mesh is larger than a voxel at resolution {resolution}"
         )
-    if triangles.is_cuda:
-        closed = torch_topology.closed_and_oriented(triangles, len(points))
-    else:
-        closed = bool(closed_and_oriented(triangles.numpy(), len(points)))
     warnings: list[str] = []
     if result.thin_voxels:
         warnings.append(f"thin: {result.thin_voxels} voxels added to make shells")
@@ -102,7 +101,7 @@ def convert(
         warnings.append(f"parts_lost: {lost} of {result.parts_in} parts not found")
     return Conversion(
         result.sdf,
-        (points.cpu().numpy(), triangles.cpu().numpy()),
+        surface,
         result.parts_in,
         result.parts_out,
         closed,
@@ -113,20 +112,29 @@ def convert(
     )
 
 
-def _converted(
-    vertices: np.ndarray, faces: np.ndarray, resolution: int, engine: str, device: Device
-) -> tuple[SparseResult, torch.Tensor, torch.Tensor]:
-    """Return an engine's result and its surface, vertices and triangles, on the device."""
-    if device == "cuda":
-        found = sparse_engine_torch.sparse_field(vertices, faces, resolution, device)
-        surface = marching_cubes(found.blocks, found.values, resolution)
-        return found.on_host(), *surface
+def _converted_on_cpu(
+    vertices: np.ndarray, faces: np.ndarray, resolution: int, engine: str
+) -> tuple[SparseResult, Surface, bool]:
+    """Return an engine's result, its surface, and whether this is closed."""
     if engine == "mesh2sdf":
         result = SparseResult(dense_field(vertices, faces, resolution), 1, 1, "mesh2sdf", 1.0, 0)
     else:
         result = sparse_field(vertices, faces, resolution)
     blocks, values = torch.from_numpy(result.sdf.blocks), torch.from_numpy(result.sdf.values)
-    return result, *marching_cubes(blocks, values, resolution)
+    points, triangles = (part.numpy() for part in marching_cubes(blocks, values, resolution))
+    return result, (points, triangles), bool(closed_and_oriented(triangles, len(points)))
+
+
+def _converted_on_gpu(
+    vertices: np.ndarray, faces: np.ndarray, resolution: int
+) -> tuple[SparseResult, Surface, bool]:
+    """Return what `_converted_on_cpu` does for the sparse engine; only results leave the GPU."""
+    from tasks import sparse_engine_torch, torch_topology  # Triton takes 70 MB of a worker's memory
+
+    found = sparse_engine_torch.sparse_field(vertices, faces, resolution, "cuda")
+    points, triangles = marching_cubes(found.blocks, found.values, resolution)
+    closed = torch_topology.closed_and_oriented(triangles, len(points))
+    return found.on_host(), (points.cpu().numpy(), triangles.cpu().numpy()), closed
 
 
 @compiled

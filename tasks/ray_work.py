@@ -139,6 +139,8 @@ def _run(
 
 
 def _call(function: Callable[[str, list[Item]], Result], name: str, items: list[Item]) -> Result:
+    if not ray.get_gpu_ids():  # Ray hides GPUs from no task: who asked for none leaves them alone
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return function(name, items)
 
 

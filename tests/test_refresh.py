@@ -370,6 +370,15 @@ def _explode(name: str, items: list[int]) -> int:
     raise OSError("no space left on device")
 
 
+def _gpus(name: str, items: list[int]) -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_work_that_asked_for_no_gpu_sees_none() -> None:
+    chunks = run_chunks(_gpus, [1], most=1, workers=1, memory=1, address=None)
+    assert [chunk.result for chunk in chunks] == [""]
+
+
 def test_an_error_of_ours_stops_the_work() -> None:
     with pytest.raises(OSError, match="no space left"):
         list(run_chunks(_explode, [1], most=1, workers=2, memory=1, address=None))
