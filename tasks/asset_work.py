@@ -11,7 +11,6 @@ from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
-import torch
 from PIL import Image
 
 from tasks.conversion import CONVERSION_VERSION, Conversion, convert
@@ -103,9 +102,8 @@ def compile_kernels() -> None:
     render_views(Mesh(vertices, both, face_material=np.zeros(5, np.int32)), 1, 16, 0)
     centres = corners[faces].mean(1, keepdims=True)
     apart = (centres + 0.97 * (corners[faces] - centres)).reshape(-1, 3)
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        convert(vertices, both, 32, device=device)
-        convert(normalise(apart), np.arange(12).reshape(-1, 3), 32, device=device)
+    convert(vertices, both, 32)
+    convert(normalise(apart), np.arange(12).reshape(-1, 3), 32)
 
 
 if __name__ == "__main__":

@@ -61,17 +61,20 @@ def convert(
     faces: np.ndarray,
     resolution: int,
     engine: Literal["sparse", "mesh2sdf"] = "sparse",
-    device: Device | None = None,
+    device: Device = "cpu",
 ) -> Conversion:
     """Return the conversion of triangles at a resolution.
 
     vertices: [V, 3], normalised (`tasks.mesh.normalise`). faces: [F, 3]. resolution: a multiple
-    of 8 in [32, 2048]. device: where the sparse engine runs; by default on the GPU if this process
-    sees one. The first call in a process loads compiled kernels (a second), the first on a machine
-    compiles them (half a minute). Raises ValueError for what the caller could have known,
-    MeshRejectedError (`no_area`, `no_surface`) for what lies in the mesh.
+    of 8 in [32, 2048]. device: where the sparse engine runs. `cuda` is nobody's default yet: its
+    path equals the other one on the CPU and in Triton's interpreter, but has not run on a GPU. The
+    first call in a process loads compiled kernels (a second), the first on a machine compiles them
+    (half a minute). Raises ValueError for what the caller could have known, MeshRejectedError
+    (`no_area`, `no_surface`) for what lies in the mesh.
     """
     check_resolution(resolution, engine)
+    if engine == "mesh2sdf" and device != "cpu":
+        raise ValueError(f"engine mesh2sdf on {device}: it runs on the CPU only")
     vertices, faces = np.asarray(vertices, np.float64), np.asarray(faces, np.int64)
     largest = np.abs(vertices).max(initial=0)
     if not largest <= SHAPE_SCALE + 1e-6:
@@ -79,10 +82,6 @@ def convert(
             f"vertices reach {largest:.4g}, expected {SHAPE_SCALE} at most: not normalised, "
             "call tasks.mesh.normalise first"
         )
-    if engine == "mesh2sdf":
-        device = "cpu"
-    elif device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         result, surface, closed = _converted_on_gpu(vertices, faces, resolution)
     else:

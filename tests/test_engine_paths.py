@@ -137,14 +137,14 @@ def test_paths_agree_on_meshes_of_artists(file: str, resolution: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("name", [*SOLIDS, *SCENES])
-def test_convert_takes_the_gpu(name: str) -> None:
+def test_convert_on_a_gpu(name: str) -> None:
     vertices, faces = plain((SOLIDS | SCENES)[name])
     assert_paths_agree(vertices, faces, 256)
-    one, two = (convert(vertices, faces, 256, device=device) for device in (None, "cpu"))
+    one, two = (convert(vertices, faces, 256, device=device) for device in ("cuda", "cpu"))
     assert (one.device, two.device) == ("cuda", "cpu")
     assert one.closed
     assert one.warnings == two.warnings
-    again = convert(vertices, faces, 256)
+    again = convert(vertices, faces, 256, device="cuda")
     np.testing.assert_array_equal(one.sdf.values, again.sdf.values)
 
 
