@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from prefect import flow
 from pydantic import Field
 
@@ -86,9 +87,11 @@ def generate(
             shapes = call_on_worker(_generate, files, sizes, pixels, seed, update=bar.update)
         results, rows = [], []
         for name, image, rgba, shape in zip(names, images, pixels, shapes, strict=True):
-            condition = np.round(rgba.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+            condition = Image.fromarray(
+                np.round(rgba.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+            ).resize((PICTURE_SIZE, PICTURE_SIZE))
             picture = contact_sheet(
-                [condition, render_geometry(shape.vertices, shape.faces, PICTURE_SIZE)],
+                [np.asarray(condition), render_geometry(shape.vertices, shape.faces, PICTURE_SIZE)],
                 2,
                 ["picture", "generated"],
             )
