@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 import igl
 import numpy as np
 import torch
-from embreex.mesh_construction import TriangleMesh
-from embreex.rtcore_scene import EmbreeScene
 from pyarrow import fs
 from scipy import ndimage
 from scipy.sparse import coo_array
@@ -19,15 +17,13 @@ from scipy.sparse.csgraph import connected_components
 from model.marching_cubes import marching_cubes
 from model.sdf import BLOCK, SparseSDF, truncation
 from tasks.distance import edge_crossings
-from tasks.metrics import Surface, face_normals, fibonacci_sphere, sample_surface
+from tasks.metrics import Surface, face_normals, sample_surface, visible_points
 from tasks.shards import ShardWriter, encode_sdf, sdf_file
 from tasks.sparse_engine import SHIFT, weld
 
 PART_SIZE = 2.0  # parts whose bounding box has a shorter diagonal are not counted, in voxels
 PART_SAMPLES = 32
 PART_DISTANCE = 1.75  # a sample is found within this of the result: a shell stands off by 0.75
-DIRECTIONS = 128
-LIFT = 1e-4  # off a face, above float32's error in a frame of size 2
 POINTS = 30_000  # samples of a surface
 
 
@@ -59,25 +55,6 @@ class Original:
         closed = np.ones(parts.max() + 1, bool)
         closed[parts[(uses[edge] % 2 == 1).reshape(-1, 3).any(1)]] = False
         return cls((vertices, faces), parts, closed, visible_faces(vertices, faces))
-
-
-def visible_points(
-    surface: Surface, positions: np.ndarray, normals: np.ndarray
-) -> np.ndarray:  # [P] bool
-    """Say which points [P, 3] on a surface some ray from outside reaches, from either side."""
-    scene = EmbreeScene()
-    TriangleMesh(scene, surface[0].astype(np.float32), np.asarray(surface[1], np.int32))
-    hidden = np.arange(len(positions))
-    for direction in fibonacci_sphere(DIRECTIONS):
-        if not len(hidden):
-            break
-        side = np.where(normals[hidden] @ direction > 0, LIFT, -LIFT)[:, None]
-        origins = (positions[hidden] + side * normals[hidden]).astype(np.float32)
-        rays = np.broadcast_to(direction.astype(np.float32), origins.shape).copy()
-        hidden = hidden[scene.run(origins, rays, query="OCCLUDED") != -1]
-    visible = np.ones(len(positions), bool)
-    visible[hidden] = False
-    return visible
 
 
 def visible_faces(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:  # [F] bool

@@ -17,6 +17,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 Surface = tuple[np.ndarray, np.ndarray]  # vertices [V, 3] float, faces [F, 3] int
+DIRECTIONS = 128  # from which a point is looked at
+LIFT = 1e-4  # of a ray's start off its face, above float32's error in a frame of size 2
 
 
 def f_score_name(threshold: float) -> str:
@@ -54,31 +56,40 @@ def sample_surface(
 
 
 def visible_samples(
-    vertices: np.ndarray, faces: np.ndarray, points: int, seed: int, directions: int = 128
+    vertices: np.ndarray, faces: np.ndarray, points: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw points by area and keep those that can be seen from outside: positions and faces.
 
-    A point is visible when a ray from either side of its face, in one of `directions` directions
-    spread over the sphere, leaves the mesh unhindered. len(result) / points is the visible share
-    of the area. For comparing with meshes whose hidden interior a conversion rightly drops.
+    len(result) / points is the visible share of the area. For comparing with meshes whose hidden
+    interior a conversion rightly drops.
     """
     vertices = np.asarray(vertices, np.float64)
     positions, chosen = sample_surface(vertices, faces, points, seed)
-    normals = face_normals(vertices, faces)[chosen]
+    visible = visible_points((vertices, faces), positions, face_normals(vertices, faces)[chosen])
+    return positions[visible], chosen[visible]
+
+
+def visible_points(
+    surface: Surface, positions: np.ndarray, normals: np.ndarray
+) -> np.ndarray:  # [P] bool
+    """Say which points [P, 3] on a mesh, with normals [P, 3], can be seen from outside.
+
+    A point is visible when a ray from either side of its face, in one of DIRECTIONS directions
+    spread over the sphere, leaves the mesh unhindered.
+    """
     scene = EmbreeScene()
-    TriangleMesh(scene, vertices.astype(np.float32), np.asarray(faces, np.int32))
-    lift = 1e-4  # off the face, above float32's error in a frame of size 2
-    hidden = np.arange(points)
-    for direction in fibonacci_sphere(directions):
+    TriangleMesh(scene, surface[0].astype(np.float32), np.asarray(surface[1], np.int32))
+    hidden = np.arange(len(positions))
+    for direction in fibonacci_sphere(DIRECTIONS):
         if not len(hidden):
             break
-        side = np.where(normals[hidden] @ direction > 0, lift, -lift)[:, None]
+        side = np.where(normals[hidden] @ direction > 0, LIFT, -LIFT)[:, None]
         origins = (positions[hidden] + side * normals[hidden]).astype(np.float32)
         rays = np.broadcast_to(direction.astype(np.float32), origins.shape).copy()
         hidden = hidden[scene.run(origins, rays, query="OCCLUDED") != -1]
-    visible = np.ones(points, bool)
+    visible = np.ones(len(positions), bool)
     visible[hidden] = False
-    return positions[visible], chosen[visible]
+    return visible
 
 
 def interior_share(vertices: np.ndarray, faces: np.ndarray, points: int, seed: int = 0) -> float:
