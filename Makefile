@@ -21,7 +21,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/gigashape quickstart --data $(DATA)
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 ui: $(INSTALLED)
 	$(BIN)/gigashape ui --data $(DATA)
