@@ -20,8 +20,9 @@ export RAY_USAGE_STATS_ENABLED := 0
 quickstart: $(INSTALLED)
 	$(BIN)/gigashape quickstart --data $(DATA)
 
+# One thread a process: more would wait for each other's cores.
 test: lint
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 ui: $(INSTALLED)
 	$(BIN)/gigashape ui --data $(DATA)
