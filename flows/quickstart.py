@@ -19,6 +19,7 @@ from tasks.mirror import read_mirror
 from tasks.presets import load_preset
 from tasks.samples import split
 from tasks.shards import read_image
+from tasks.sources import absolute_spec
 from tasks.storage import open_filesystem
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def quickstart(data: str | None = None, preset: str = "tiny") -> None:
     if "://" in data:
         raise ValueError(f"data is {data}: a quickstart needs a folder of this machine")
     mirror = read_mirror(data)
-    if mirror is not None and mirror.source != sizes.data.source:
+    if mirror is not None and mirror.source != absolute_spec(sizes.data.source):
         raise ValueError(
             f"{data} mirrors {mirror.source}, which a quickstart would replace by "
             f"{sizes.data.source}: give it another folder with --data"
