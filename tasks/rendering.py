@@ -9,6 +9,7 @@ Azimuth turns about +y from +x towards +z, so that 90 degrees looks at the front
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -44,9 +45,15 @@ class Camera:
     camera_to_world: np.ndarray
     fov: float
 
+    def local(self, points: np.ndarray) -> np.ndarray:
+        """Return points [N, 3] in the camera's frame, in products that all devices round alike."""
+        x, y, z = np.split(points - self.camera_to_world[:3, 3], 3, axis=1)
+        rows = self.camera_to_world[:3, :3]
+        return x * rows[0] + y * rows[1] + z * rows[2]
+
     def project(self, points: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return pixels [N, 2] (x right, y down, centres at .5) and depths [N] of points [N, 3]."""
-        local = (points - self.camera_to_world[:3, 3]) @ self.camera_to_world[:3, :3]
+        local = self.local(points)
         depth = -local[:, 2]
         safe = np.where(depth > NEAR, depth, np.nan)[:, None] * np.tan(self.fov / 2)
         pixels = (local[:, :2] / safe * [1, -1] + 1) * (size / 2)
@@ -95,25 +102,35 @@ def orbit_camera(
     return Camera(pose, float(fov))
 
 
-def render_views(mesh: Mesh, count: int, size: int, seed: int) -> list[View]:
+def render_views(
+    mesh: Mesh, count: int, size: int, seed: int, device: Literal["cpu", "cuda"] = "cpu"
+) -> list[View]:
     """Render condition views of a normalised mesh from the paper's range of cameras.
 
     Elevation, azimuth and focal length are uniform over their ranges, by seed. Faces are lit from
     both sides and drawn opaque, whatever their material's alpha: the SDF holds glass as a surface
-    too, and alpha, the mask of the condition, must cover all of it. size: pixels a side.
+    too, and alpha, the mask of the condition, must cover all of it. size: pixels a side. device:
+    where they are drawn, by compiled code on the CPU or torch on a GPU; the pictures are the same.
     """
     rng = np.random.default_rng(seed)
     is_used = np.zeros(len(mesh.vertices), bool)
     is_used[mesh.faces] = True
     used = mesh.vertices[is_used]
-    paint = _Paint.of(mesh, limit=SAMPLES * size)
-    views = []
+    paint = Paint.of(mesh, limit=SAMPLES * size)
+    cameras = []
     for _ in range(count):
         elevation, azimuth = rng.uniform(*ELEVATION_DEG), rng.uniform(*AZIMUTH_DEG)
-        camera = orbit_camera(azimuth, elevation, rng.uniform(*FOCAL_MM), used)
-        image = _draw(mesh.vertices, mesh.faces, camera, size, paint)
-        views.append(View(image, camera.camera_to_world, camera.fov))
-    return views
+        cameras.append(orbit_camera(azimuth, elevation, rng.uniform(*FOCAL_MM), used))
+    if device == "cuda":
+        from tasks.torch_rendering import draw_views
+
+        images = draw_views(mesh.vertices, mesh.faces, cameras, size, paint, device)
+    else:
+        images = [_draw(mesh.vertices, mesh.faces, camera, size, paint) for camera in cameras]
+    return [
+        View(image, camera.camera_to_world, camera.fov)
+        for image, camera in zip(images, cameras, strict=True)
+    ]
 
 
 def render_geometry(
@@ -126,7 +143,7 @@ def render_geometry(
     """Render a mesh in grey. The default camera is the same for every mesh, for comparisons."""
     camera = camera or orbit_camera(azimuth=60, elevation=25, focal_mm=50)
     mesh = Mesh(np.asarray(vertices, np.float64), np.asarray(faces, np.int64))
-    rgba = _draw(mesh.vertices, mesh.faces, camera, size, _Paint.of(mesh, limit=1))
+    rgba = _draw(mesh.vertices, mesh.faces, camera, size, Paint.of(mesh, limit=1))
     alpha = rgba[..., 3:].astype(np.float32) / 255
     return np.round(rgba[..., :3] * alpha + background * (1 - alpha)).astype(np.uint8)
 
@@ -158,7 +175,7 @@ def render_normals(
 
 
 @dataclass(frozen=True)
-class _Paint:
+class Paint:
     """A mesh's colours as flat arrays, which compiled code can index."""
 
     colours: np.ndarray  # [M, 3] float32 in [0, 1]
@@ -169,7 +186,7 @@ class _Paint:
     textures: np.ndarray  # [M, 3] int64: offset in texels (-1: none), height, width
 
     @classmethod
-    def of(cls, mesh: Mesh, limit: int) -> "_Paint":
+    def of(cls, mesh: Mesh, limit: int) -> "Paint":
         """Collect the colours of mesh, textures shrunk to limit pixels a side.
 
         A material's texture is left out when the mesh has no uv to place it by.
@@ -211,16 +228,15 @@ def _shrink(texture: np.ndarray, limit: int) -> np.ndarray:
 
 
 def _draw(
-    vertices: np.ndarray, faces: np.ndarray, camera: Camera, size: int, paint: _Paint
+    vertices: np.ndarray, faces: np.ndarray, camera: Camera, size: int, paint: Paint
 ) -> np.ndarray:
     """Return the lit picture [size, size, 4] uint8 with straight alpha."""
     pixels, depth = camera.project(vertices, size * SAMPLES)
     seen = _rasterise(pixels, depth, faces, size * SAMPLES)
-    local = (vertices - camera.camera_to_world[:3, 3]) @ camera.camera_to_world[:3, :3]
     return _shade(
         seen,
         pixels,
-        local,
+        camera.local(vertices),
         faces,
         paint.colours,
         paint.face_material,
@@ -285,7 +301,8 @@ def _rasterise(  # type: ignore[no-untyped-def]  # numba infers
             last = int(np.floor(min(high - 0.5, side - 1.0)))
             at_row = ia + (y - ay) * slope_y
             for column in range(first, last + 1):
-                inverse = at_row + (column + 0.5 - ax) * slope_x
+                # Rounded before it is compared: of two faces as near, the first wins.
+                inverse = np.float32(at_row + (column + 0.5 - ax) * slope_x)
                 if inverse > nearest[row, column]:
                     nearest[row, column] = inverse
                     seen[row, column] = face
@@ -353,6 +370,7 @@ def _shade(  # type: ignore[no-untyped-def]
                 total = weight[0] + weight[1] + weight[2]
                 if total == 0:  # a sliver that rounding leaves no area: its first corner's colour
                     weight[0] = total = 1.0
+                    weight[1] = weight[2] = 0.0
                 scale = 1 / total
                 material = face_material[face]
                 for k in range(3):

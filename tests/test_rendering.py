@@ -1,12 +1,18 @@
 """Views and face pictures against projected truth; colours, light and alpha."""
 
+import os
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks import rendering
-from tasks.mesh import Material, Mesh
+from tasks.mesh import Material, Mesh, normalise
+from tasks.procedural import FAMILIES, procedural_mesh
 from tasks.rendering import (
     Camera,
     orbit_camera,
@@ -15,10 +21,13 @@ from tasks.rendering import (
     render_normals,
     render_views,
 )
+from tasks.torch_rendering import draw_views
 
 QUAD = np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]], np.float64) * 0.9
 QUAD_FACES = np.array([[0, 1, 2], [0, 2, 3]])
 QUAD_UV = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], np.float32)
+DEV = Path(os.environ.get("GIGASHAPE_SHARED", "/nowhere")) / "meshes/dev"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FRONT = orbit_camera(azimuth=90, elevation=0, focal_mm=50, points=QUAD)
 
 
@@ -85,7 +94,7 @@ def test_texture_is_upright_and_multiplied_by_the_material() -> None:
     texture[2:, 2:, :3] = [0, 0, 255]  # lower right
     material = Material((1.0, 1.0, 0.5, 0.1), texture)
     mesh = Mesh(QUAD, QUAD_FACES, uv=QUAD_UV, materials=(material,))
-    image = rendering._draw(QUAD, QUAD_FACES, FRONT, 64, rendering._Paint.of(mesh, 64))
+    image = rendering._draw(QUAD, QUAD_FACES, FRONT, 64, rendering.Paint.of(mesh, 64))
     assert image[32, 32, 3] == 255  # drawn opaque whatever its alpha
     upper_left, lower_right, other = image[16, 16, :3], image[48, 48, :3], image[16, 48, :3]
     assert upper_left[0] > 3 * upper_left[1]
@@ -98,7 +107,7 @@ def test_texture_repeats_and_large_ones_shrink() -> None:
     texture[:1024, :, 0] = 255
     uv = QUAD_UV + 3
     mesh = Mesh(QUAD, QUAD_FACES, uv=uv, materials=(Material((1, 1, 1, 1), texture),))
-    paint = rendering._Paint.of(mesh, 128)
+    paint = rendering.Paint.of(mesh, 128)
     assert paint.textures[0, 1:].tolist() == [128, 128]
     image = rendering._draw(QUAD, QUAD_FACES, FRONT, 64, paint)
     assert image[16, 32, 0] > 150 > 60 > image[48, 32, 0]
@@ -107,7 +116,7 @@ def test_texture_repeats_and_large_ones_shrink() -> None:
 def test_vertex_colours_are_interpolated() -> None:
     colours = np.array([[255, 0, 0], [255, 0, 0], [0, 255, 0], [0, 255, 0]], np.uint8)
     mesh = Mesh(QUAD, QUAD_FACES, vertex_colours=np.c_[colours, np.full(4, 255, np.uint8)])
-    image = rendering._draw(QUAD, QUAD_FACES, FRONT, 64, rendering._Paint.of(mesh, 64)).astype(int)
+    image = rendering._draw(QUAD, QUAD_FACES, FRONT, 64, rendering.Paint.of(mesh, 64)).astype(int)
     assert image[6, 32, 1] > image[6, 32, 0] + 60
     assert image[57, 32, 0] > image[57, 32, 1] + 60
     assert abs(image[32, 32, 0] - image[32, 32, 1]) < 12
@@ -202,3 +211,59 @@ def test_a_sliver_whose_weights_cancel_has_its_first_corners_colour() -> None:
     red, green, blue, alpha = image[0, 0]
     assert alpha == 255
     assert red > 3 * green == 3 * blue > 0
+
+
+def assert_paths_agree(mesh: Mesh, size: int = 96, views: int = 2) -> None:
+    compiled = render_views(mesh, views, size, seed=1)
+    cameras = [view.camera for view in compiled]
+    paint = rendering.Paint.of(mesh, rendering.SAMPLES * size)
+    images = draw_views(mesh.vertices, mesh.faces, cameras, size, paint, DEVICE)
+    for view, image in zip(compiled, images, strict=True):
+        np.testing.assert_array_equal(view.image, image)
+
+
+@pytest.mark.parametrize("seed", range(len(FAMILIES)))
+def test_torch_draws_the_same_pictures(seed: int) -> None:
+    mesh = procedural_mesh(seed)
+    assert_paths_agree(replace(mesh, vertices=normalise(mesh.vertices)))
+
+
+def test_torch_draws_the_same_textures_and_vertex_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.torch_rendering.CHUNK", 1000)  # in many pieces
+    rng = np.random.default_rng(0)
+    textures = [rng.integers(0, 256, (h, w, 4), np.uint8) for h, w in ((7, 300), (64, 5))]
+    materials = (Material((1, 0.5, 1, 1), textures[0]), Material(), Material(texture=textures[1]))
+    vertices = np.concatenate([QUAD, QUAD[:, ::-1] * 0.7, QUAD * [0.3, 0.3, 1] + [0, 0, 0.2]])
+    mesh = Mesh(
+        vertices,
+        np.concatenate([QUAD_FACES + 4 * k for k in range(3)]),
+        uv=rng.uniform(-2, 3, (12, 2)).astype(np.float32),
+        vertex_colours=rng.integers(0, 256, (12, 4), np.uint8),
+        materials=materials,
+        face_material=np.array([0, 0, 1, 1, 2, 2], np.int32),
+    )
+    assert_paths_agree(mesh, size=128, views=4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.integers(1, 60), st.sampled_from([1e-6, 0.1, 1.0]))
+def test_torch_draws_the_same_soups(seed: int, count: int, spread: float) -> None:
+    rng = np.random.default_rng(seed)
+    centres = rng.uniform(-1, 1, (count, 1, 3))
+    corners = (centres + spread * rng.uniform(-1, 1, (count, 3, 3))).reshape(-1, 3)
+    corners = np.round(corners, rng.integers(0, 4))  # shared points, needles, faces of no area
+    try:
+        vertices = normalise(corners)
+    except ValueError:
+        return
+    assert_paths_agree(Mesh(vertices, np.arange(3 * count).reshape(-1, 3)), size=24)
+
+
+def test_torch_draws_nothing_where_there_is_nothing() -> None:
+    paint = rendering.Paint.of(Mesh(QUAD, QUAD_FACES), 32)
+    (image,) = draw_views(QUAD, QUAD_FACES[:0], [FRONT], 32, paint, DEVICE)
+    assert not image.any()
+    (image,) = draw_views(QUAD - [0, 0, 50], QUAD_FACES, [FRONT], 32, paint, DEVICE)
+    (behind,) = draw_views(QUAD - [0, 0, -50], QUAD_FACES, [FRONT], 32, paint, DEVICE)
+    assert image.any()
+    assert not behind.any()
