@@ -38,7 +38,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import igl
@@ -58,7 +58,7 @@ from benchmarks.data_checks import (
 from benchmarks.data_tables import Row, tables, worst
 from model.marching_cubes import marching_cubes
 from model.sdf import SparseSDF, voxel_centres
-from tasks.asset_work import compile_kernels
+from tasks import asset_work
 from tasks.conversion import Conversion, closed_and_oriented, convert
 from tasks.isolation import IsolatedFunction, Limits
 from tasks.mesh import Mesh, MeshRejectedError, normalise
@@ -93,7 +93,7 @@ def peak_mb() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-warm_up = cache(compile_kernels)
+warm_up = asset_work.warm_up  # called in the child, see tasks.isolation
 
 
 @lru_cache(maxsize=1)
@@ -107,7 +107,6 @@ def measure(
     path: Path, root: Path, step: str, resolution: int, scored: int
 ) -> Iterator[Row | np.ndarray]:
     """Do one step with one mesh in this process; yields its row, or the picture of step `draw`."""
-    warm_up()
     row: Row = {"file": str(path.relative_to(root)), "step": step, "resolution": resolution}
     try:
         mesh, parse = timed(lambda: read_mesh(path, root))

@@ -1,6 +1,7 @@
 """The work on one asset, in a child process under limits: read, normalise, render, convert.
 
-`python -m tasks.asset_work` compiles its kernels, as `make` does after an installation.
+`python -m tasks.asset_work` compiles its kernels into their caches on disk, as `make` does after an
+installation.
 
 Imports every mesh library and torch; `tasks.processing` names this module instead of importing it.
 """
@@ -13,7 +14,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from tasks.conversion import CONVERSION_VERSION, Conversion, convert
+from tasks.conversion import CONVERSION_VERSION, Conversion, best_device, convert, limit_gpu_memory
 from tasks.isolation import Stage
 from tasks.mesh import Mesh, MeshRejectedError, normalise
 from tasks.processing import Converted, Job, Prepared, Rejected, Settings
@@ -45,8 +46,11 @@ def process_asset(
     """Read, normalise, render and convert one asset.
 
     Yields stages, then `Prepared`, then a `Converted` or a `Rejected` for each resolution, lowest
-    first; or one `Rejected` for all.
+    first; or one `Rejected` for all. Renders and converts on a GPU where this process sees one.
     """
+    device = best_device(settings.engine)
+    if device == "cuda":
+        limit_gpu_memory(max(job.resolutions))
     yield Stage("load")
     try:
         mesh = _source(job.source).load(job.asset)
@@ -54,7 +58,7 @@ def process_asset(
         yield Stage("render")
         # Cameras differ from asset to asset and stay the same for each.
         seed = int(job.wanted.asset_id[:8], 16)
-        views = render_views(mesh, settings.views, settings.view_size, seed)
+        views = render_views(mesh, settings.views, settings.view_size, seed, device)
     except MeshRejectedError as error:
         yield Rejected(None, error.reason, error.detail)
         return
@@ -67,7 +71,9 @@ def process_asset(
     for resolution in sorted(job.resolutions):
         yield Stage(f"convert-{resolution}")
         try:
-            yield _converted(convert(mesh.vertices, mesh.faces, resolution, settings.engine))
+            yield _converted(
+                convert(mesh.vertices, mesh.faces, resolution, settings.engine, device)
+            )
         except MeshRejectedError as error:
             yield Rejected(resolution, error.reason, error.detail)
 
@@ -90,8 +96,8 @@ def _stored(view: View) -> StoredView:
     return StoredView(png.getvalue(), view.camera_to_world, view.fov)
 
 
-def compile_kernels() -> None:
-    """Compile the kernels into their caches on disk: half a minute, once a machine."""
+def warm_up() -> None:
+    """Load the kernels; on a machine where they are not yet compiled, that takes half a minute."""
     corners = np.array([[-1.0, -1, -1], [1, 1, -1], [1, -1, 1], [-1, 1, 1]])
     faces = np.array([[0, 1, 2], [0, 3, 1], [0, 2, 3], [1, 3, 2]])
     # A solid with an open sheet beside it, and then a solid whose faces leave cracks between them,
@@ -99,7 +105,8 @@ def compile_kernels() -> None:
     sheet = corners[:3] + np.array([3.0, 0, 0])
     vertices = normalise(np.concatenate([corners, sheet]))
     both = np.concatenate([faces, [[4, 5, 6]]])
-    render_views(Mesh(vertices, both, face_material=np.zeros(5, np.int32)), 1, 16, 0)
+    solid = Mesh(vertices, both, face_material=np.zeros(5, np.int32))
+    render_views(solid, 1, 16, 0, best_device("sparse"))
     centres = corners[faces].mean(1, keepdims=True)
     apart = (centres + 0.97 * (corners[faces] - centres)).reshape(-1, 3)
     convert(vertices, both, 32)
@@ -107,4 +114,4 @@ def compile_kernels() -> None:
 
 
 if __name__ == "__main__":
-    compile_kernels()
+    warm_up()

@@ -21,6 +21,9 @@ Device = Literal["cpu", "cuda"]
 Surface = tuple[np.ndarray, np.ndarray]  # vertices, faces
 # Part of a catalogue row's recipe: raise it when a conversion's result changes.
 CONVERSION_VERSION = "4"
+# What rendering and converting an asset may take of a GPU, by highest resolution: twice the worst
+# that was measured (benchmarks/README.md), the driver's own share of a process left out.
+GPU_BYTES = {256: 3 * 2**29, 512: 2 * 2**30, 1024: 6 * 2**30, 2048: 20 * 2**30}
 
 
 @dataclass(frozen=True)
@@ -56,25 +59,41 @@ def check_resolution(resolution: int, engine: Literal["sparse", "mesh2sdf"]) -> 
         check_dense_resolution(resolution)
 
 
+def best_device(engine: Literal["sparse", "mesh2sdf"]) -> Device:
+    """Return where an engine is fastest: on a GPU if it can use one and this process sees one."""
+    return "cuda" if engine == "sparse" and torch.cuda.is_available() else "cpu"
+
+
+def gpu_bytes(resolution: int) -> int:
+    """Return what one asset may take of a GPU's memory at a resolution up to 2048."""
+    return next(size for highest, size in GPU_BYTES.items() if resolution <= highest)
+
+
+def limit_gpu_memory(resolution: int) -> None:
+    """Refuse this process more of its GPU than `gpu_bytes`: others share it."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_bytes(resolution) / total))
+
+
 def convert(
     vertices: np.ndarray,
     faces: np.ndarray,
     resolution: int,
     engine: Literal["sparse", "mesh2sdf"] = "sparse",
-    device: Device = "cpu",
+    device: Device | None = None,
 ) -> Conversion:
     """Return the conversion of triangles at a resolution.
 
     vertices: [V, 3], normalised (`tasks.mesh.normalise`). faces: [F, 3]. resolution: a multiple
-    of 8 in [32, 2048]. device: where the sparse engine runs. `cuda` is nobody's default yet: its
-    path equals the other one on the CPU and in Triton's interpreter, but has not run on a GPU. The
-    first call in a process loads compiled kernels (a second), the first on a machine compiles them
-    (half a minute). Raises ValueError for what the caller could have known, MeshRejectedError
-    (`no_area`, `no_surface`) for what lies in the mesh.
+    of 8 in [32, 2048]. device: where it runs; None: `best_device`. The first call in a process
+    loads compiled kernels (a second), the first on a machine compiles them (half a minute). Raises
+    ValueError for what the caller could have known, MeshRejectedError (`no_area`, `no_surface`)
+    for what lies in the mesh, MemoryError when the GPU has too little for it.
     """
     check_resolution(resolution, engine)
-    if engine == "mesh2sdf" and device != "cpu":
-        raise ValueError(f"engine mesh2sdf on {device}: it runs on the CPU only")
+    if engine == "mesh2sdf" and device == "cuda":
+        raise ValueError("engine mesh2sdf on cuda: it runs on the CPU only")
+    device = device or best_device(engine)
     vertices, faces = np.asarray(vertices, np.float64), np.asarray(faces, np.int64)
     largest = np.abs(vertices).max(initial=0)
     if not largest <= SHAPE_SCALE + 1e-6:
@@ -130,9 +149,12 @@ def _converted_on_gpu(
     """Return what `_converted_on_cpu` does for the sparse engine; only results leave the GPU."""
     from tasks import sparse_engine_torch, torch_topology  # Triton takes 70 MB of a worker's memory
 
-    found = sparse_engine_torch.sparse_field(vertices, faces, resolution, "cuda")
-    points, triangles = marching_cubes(found.blocks, found.values, resolution)
-    closed = torch_topology.closed_and_oriented(triangles, len(points))
+    try:
+        found = sparse_engine_torch.sparse_field(vertices, faces, resolution, "cuda")
+        points, triangles = marching_cubes(found.blocks, found.values, resolution)
+        closed = torch_topology.closed_and_oriented(triangles, len(points))
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"the GPU's memory at resolution {resolution}: {error}") from error
     return found.on_host(), (points.cpu().numpy(), triangles.cpu().numpy()), closed
 
 

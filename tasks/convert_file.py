@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tasks.asset_work import compile_kernels
+from tasks import asset_work
 from tasks.conversion import convert
 from tasks.isolation import Stage
 from tasks.mesh import MeshRejectedError, normalise
 from tasks.mesh_io import read_mesh
 from tasks.storage import atomic_file, open_filesystem
 
+warm_up = asset_work.warm_up  # called in the child, see tasks.isolation
 PLY_FACE = np.dtype([("count", "u1"), ("vertices", "<i4", 3)])
 
 
@@ -24,8 +25,6 @@ def convert_file(
     Yields stages, `convert` being from the parsed mesh to band, sharp and latent voxels and the
     watertight mesh; at last the facts of the conversion, or a MeshRejectedError.
     """
-    yield Stage("compile")  # the kernels, at the first call on a machine: no part of `seconds`
-    compile_kernels()
     try:
         yield Stage("load")
         mesh = read_mesh(path, path.parent)

@@ -9,8 +9,8 @@ seconds, and dies when its parent does. Linux only.
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import os
-import pkgutil
 import resource
 import signal
 import subprocess
@@ -28,7 +28,7 @@ from typing import Any, Literal
 import psutil
 
 POLL_SECONDS = 0.05  # a process can touch some 100 MB between two looks at its memory
-START_SECONDS = 300.0  # imports, on a machine where every core starts a child at once
+START_SECONDS = 300.0  # imports and warm-up, where every core starts a child at once
 IDLE_SECONDS = 120.0  # a child nobody talks to ends; its parent starts another when needed
 _PR_SET_PDEATHSIG = 1
 
@@ -104,8 +104,10 @@ class IsolatedFunction:
     """Calls function(*args) in a child under limits.
 
     function: names a generator function, `module:name`, which only the child imports. It yields
-    `Stage` marks and values that pickle. Use as a context, or call `close`;
-    calls must come from the thread that made the first (the kernel ends the child with it).
+    `Stage` marks and values that pickle. A function `warm_up` of that module is called once, before
+    the first job and outside its limits: for kernels that are loaded or compiled, and for the
+    address space that a GPU's driver takes. Use as a context, or call `close`; calls must come from
+    the thread that made the first (the kernel ends the child with it).
     """
 
     function: str
@@ -192,7 +194,7 @@ class IsolatedFunction:
 
 
 def _start(function: str, limits: Limits) -> _Child:
-    """Start a child that has imported the function and waits for jobs."""
+    """Start a child that has imported the function, warmed up and waits for jobs."""
     ours, theirs = Pipe()
     stderr, path = tempfile.mkstemp(prefix="gigashape-child-")
     # Ray's variables would make a library in the child join the cluster; one thread each, since
@@ -268,12 +270,19 @@ def serve(descriptor: int, parent: int) -> None:
     pipe = Connection(descriptor)
     try:
         name, limits = pipe.recv()
-        function = pkgutil.resolve_name(name)
+        module_name, _, function_name = name.partition(":")
+        module = importlib.import_module(module_name)
+        function = getattr(module, function_name)
+        getattr(module, "warm_up", _nothing)()
         pipe.send("ready")
         while pipe.poll(IDLE_SECONDS):
             _serve_job(pipe, function, limits, pipe.recv())
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+def _nothing() -> None:
+    """Warm up a module that has no need of it."""
 
 
 def _serve_job(

@@ -4,7 +4,6 @@ Its known bias: the repaired surface lies one voxel outside the original one, op
 double walls, and only the part with the largest bounding box survives. Minutes a mesh at 256.
 """
 
-import mesh2sdf
 import numpy as np
 
 from model.sdf import BLOCK, SparseSDF, truncation
@@ -27,6 +26,8 @@ def dense_field(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Spa
     mesh2sdf samples at -1 + 2 i / N; moving the mesh by minus half a voxel makes these our
     voxel centres. Raises ValueError for resolutions that are no power of two or above 256.
     """
+    import mesh2sdf  # only this engine's children load it
+
     check_dense_resolution(resolution)
     shifted = np.ascontiguousarray(vertices - 1 / resolution)
     field = mesh2sdf.compute(shifted, faces, resolution, fix=True, level=2 / resolution)

@@ -116,16 +116,18 @@ def process_shard(
     settings: Settings,
     recipe: str,
     limits: Limits,
+    cuda_bytes: int,
     process: str,
 ) -> Shard:
     """Process some assets into one shard; its rows are staged on disk, too.
 
     The staging file is written after the shard's files are complete, so that its presence means
-    that its rows can be used. process: names the work on one asset. Whatever an asset does is a
-    row; an error that is raised is the disk's or ours.
+    that its rows can be used. cuda_bytes: what CUDA's libraries take of the child's memory, on top
+    of the limits. process: names the work on one asset. Whatever an asset does is a row; an error
+    that is raised is the disk's or ours.
     """
     filesystem, path = open_filesystem(root)
-    child = _isolated(process, limits)
+    child = _isolated(process, replace(limits, bytes=limits.bytes + cuda_bytes))
     rows = []
     began, called_for, in_stages = time.monotonic(), 0.0, 0.0
     with ShardWriter(filesystem, f"{path}/shards/{shard}") as writer:

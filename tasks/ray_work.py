@@ -49,15 +49,15 @@ def run_chunks(
     items: Sequence[Item],
     *,
     most: int,
-    workers: int,
+    width: int,
     memory: int,
-    address: str | None,
+    gpus: float = 0.0,
 ) -> Generator[Chunk[Item, Result], None, None]:
     """Call function(chunk name, chunk) on Ray for items in chunks of at most `most`, in parallel.
 
-    workers: chunks at work at once, 0 for one a core, and never more than memory allows; memory:
-    bytes that one may take; address: of a cluster, None for the session of this process or a new
-    local one. Items are taken in their order, in ever smaller chunks: give the dearest first.
+    Runs in the Ray session of this process. width: chunks at work at once, never more than memory
+    allows; memory: bytes that one may take; gpus: the share of a GPU of each. Items are taken in
+    their order, in ever smaller chunks: give the dearest first.
 
     Yields chunks as they finish. What a dead worker left is done again, then item by item, so that
     one that kills its workers takes no other with it. Raises what function raises, and ValueError
@@ -67,18 +67,17 @@ def run_chunks(
         return
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:6]}"
     names = (f"{run}-{number:05d}" for number in itertools.count())
-    with session(workers, address) as width:
-        _check_memory(memory, width)
-        for length in (most, most, 1):
-            chunks = _shrinking(items, length, width)
-            dead = []
-            for chunk in _run(function, zip(names, chunks, strict=False), width, memory):
-                if isinstance(chunk.result, WorkerDiedError):
-                    logger.warning("%s", chunk.result)
-                    dead.append(chunk)
-                else:
-                    yield chunk
-            items = [item for chunk in dead for item in chunk.items]
+    _check_memory(memory, width)
+    for length in (most, most, 1):
+        chunks = _shrinking(items, length, width)
+        dead = []
+        for chunk in _run(function, zip(names, chunks, strict=False), width, memory, gpus):
+            if isinstance(chunk.result, WorkerDiedError):
+                logger.warning("%s", chunk.result)
+                dead.append(chunk)
+            else:
+                yield chunk
+        items = [item for chunk in dead for item in chunk.items]
     yield from dead
 
 
@@ -108,14 +107,58 @@ def _check_memory(memory: int, width: int) -> None:
         )
 
 
+def gpu_for_each(width: int, memory: int) -> float:
+    """Return the share of a GPU for each of `width` workers; 0 where the cluster has none.
+
+    memory: bytes of a GPU that one may take.
+    """
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if not gpus:
+        return 0.0
+    # The workers' torch says what Ray does not know; a machine may have GPUs that it cannot use.
+    probe: Any = ray.remote(num_cpus=0, num_gpus=0.001, max_retries=0)(_gpu_memory)
+    total = ray.get(probe.remote())
+    if not total:
+        logger.warning("torch does not see the %d GPU(s) of the workers: CPUs do it all", gpus)
+        return 0.0
+    share = share_of_gpu(width, gpus, memory / total)
+    logger.info("%d workers share %d GPU(s), %.3g of one each", width, gpus, share)
+    return share
+
+
+def share_of_gpu(width: int, gpus: int, least: float) -> float:
+    """Return an even share of `gpus` for each of `width` workers, no less than `least` of one.
+
+    At most 1, and the inverse of a whole number, so that shares fill a GPU.
+    """
+    a_gpu = min(math.ceil(width / gpus), int(1 / least) if least < 1 else 1)
+    if a_gpu * gpus < width:
+        logger.warning(
+            "GPU memory for %d of %d workers at %.2g of a GPU each", a_gpu * gpus, width, least
+        )
+    return 1 / a_gpu
+
+
+def _gpu_memory() -> int:
+    """Return the bytes of this process's first GPU, 0 if torch sees none."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+
+
 def _run(
     function: Callable[[str, list[Item]], Result],
     chunks: Iterator[tuple[str, list[Item]]],
     width: int,
     memory: int,
+    gpus: float,
 ) -> Iterator[Chunk[Item, Result]]:
     """Run each chunk once, `width` at a time."""
-    task: Any = ray.remote(max_retries=0, num_cpus=1, memory=memory)(_call)
+    # Ray ends a worker that had a GPU after one call, where nothing says otherwise; ours keep a
+    # child that has loaded its kernels.
+    task: Any = ray.remote(max_retries=0, max_calls=0, num_cpus=1, num_gpus=gpus, memory=memory)(
+        _call
+    )
     flying: dict[Any, tuple[str, list[Item]]] = {}
     try:
         while True:

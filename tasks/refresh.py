@@ -8,7 +8,7 @@ what an interrupted one staged, and removes shards that nothing refers to.
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -21,18 +21,19 @@ from pyarrow import fs
 from tasks import catalogue
 from tasks.asset_work import recipe
 from tasks.catalogue import DatasetVersion, Key, Row, storable
-from tasks.conversion import check_resolution
+from tasks.conversion import check_resolution, gpu_bytes
 from tasks.isolation import Limits
 from tasks.planning import WORK, Plan, Wanted, plan
 from tasks.processing import (
     PROCESS_ASSET,
     Job,
     Settings,
+    Shard,
     base_row,
     process_shard,
     stage_rows,
 )
-from tasks.ray_work import WorkerDiedError, run_chunks
+from tasks.ray_work import Chunk, WorkerDiedError, gpu_for_each, run_chunks, session
 from tasks.samples import split_of
 from tasks.sources import SourceAsset, absolute_spec, open_source
 from tasks.storage import absolute_root, exclusive, list_files, open_filesystem
@@ -45,6 +46,7 @@ FREE_FAILURES = 3
 # libraries included: 1.6 times the worst that was measured (benchmarks/README.md), or more.
 SPARSE_BYTES = {256: 3 * 2**29, 512: 2 * 2**30, 1024: 4 * 2**30, 2048: 8 * 2**30}
 MESH2SDF_BYTES = 3 * 2**30
+CUDA_BYTES = 2**30  # what CUDA's libraries and driver take of a process's memory on the host
 # The Ray worker beside the child: its libraries, and fields that wait for those of the highest
 # resolution. When it writes, the child has let go of more than that takes.
 PARENT_BYTES, PARENT_SHARE = 2**28, 1 / 8
@@ -66,10 +68,10 @@ class RefreshConfig:
     multiples of 8 from 32 to 2048. licences: keep assets under these only, all for None. views,
     view_size: pictures an asset, pixels of a side. held_out: share of assets in the `test` split.
     seconds, bytes: limits of one asset's work, all resolutions together; for None the highest
-    resolution says how many bytes. workers: assets at work at once, 0 for one a core.
-    shard_assets: most assets a shard. failure_budget: share of rows that may have failed.
-    retry_failed: try those again that crashed or exceeded their limits. ray_address: of a cluster,
-    such as `auto`; None takes the session of this process or starts a local one.
+    resolution says how many bytes, CUDA's own on a GPU left out. workers: assets at work at once,
+    0 for one a core. shard_assets: most assets a shard. failure_budget: share of rows that may have
+    failed. retry_failed: try those again that crashed or exceeded their limits. ray_address: of a
+    cluster, such as `auto`; None takes the session of this process or starts a local one.
     """
 
     root: str
@@ -107,7 +109,7 @@ class RefreshConfig:
 
     @property
     def limits(self) -> Limits:
-        """Time and memory of one asset's work."""
+        """Time and memory of one asset's work, CUDA's share left out."""
         if self.bytes is not None:
             return Limits(self.seconds, self.bytes)
         if self.engine == "mesh2sdf":
@@ -298,23 +300,10 @@ def _process(config: RefreshConfig, state: _State, progress: Report, process: st
     if not jobs:
         return finished
     progress(0, len(jobs), "")
-    work = partial(
-        process_shard,
-        absolute_root(config.root),
-        settings=config.settings,
-        recipe=recipe(config.settings),
-        limits=config.limits,
-        process=process,
-    )
-    chunks = run_chunks(
-        work,
-        jobs,
-        most=config.shard_assets,
-        workers=config.workers,
-        memory=config.worker_bytes,
-        address=config.ray_address,
-    )
-    with closing(chunks):
+    with (
+        session(config.workers, config.ray_address) as width,
+        closing(_chunks(config, jobs, process, width)) as chunks,
+    ):
         for chunk in chunks:
             if isinstance(chunk.result, WorkerDiedError):
                 rows = _died(config, chunk.name, chunk.items, chunk.result)
@@ -329,6 +318,27 @@ def _process(config: RefreshConfig, state: _State, progress: Report, process: st
             text = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
             progress(len({row.asset_id for row in finished.rows}), len(jobs), text)
     return finished
+
+
+def _chunks(
+    config: RefreshConfig, jobs: list[Job], process: str, width: int
+) -> Generator[Chunk[Job, Shard], None, None]:
+    """Start the work on `width` Ray workers; yields chunks as they finish."""
+    gpus = 0.0
+    if config.engine == "sparse":
+        gpus = gpu_for_each(width, gpu_bytes(max(config.resolutions)))
+    cuda = CUDA_BYTES if gpus else 0
+    work = partial(
+        process_shard,
+        absolute_root(config.root),
+        settings=config.settings,
+        recipe=recipe(config.settings),
+        limits=config.limits,
+        cuda_bytes=cuda,
+        process=process,
+    )
+    memory = config.worker_bytes + cuda
+    return run_chunks(work, jobs, most=config.shard_assets, width=width, memory=memory, gpus=gpus)
 
 
 def _check_budget(config: RefreshConfig, rows: Sequence[Row], total: int) -> None:

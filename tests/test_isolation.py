@@ -20,6 +20,14 @@ LIMITS = Limits(seconds=60.0, bytes=400 * 2**20)  # more than a busy machine nee
 BRIEF = Limits(seconds=1.0, bytes=400 * 2**20)
 
 
+WARMED: list[int] = []
+
+
+def warm_up() -> None:
+    """More than a job may take, for what it keeps stays the child's."""
+    WARMED.append(len(np.ones(LIMITS.bytes // 4)))
+
+
 def job(kind: str, argument: object = None) -> Iterator[object]:
     """What the children of these tests do."""
     yield Stage("first")
@@ -46,6 +54,8 @@ def job(kind: str, argument: object = None) -> Iterator[object]:
                 time.sleep(0.001)
         case "allocate":  # one request beyond the limit
             np.zeros(2**32)
+        case "warmed":
+            yield len(WARMED)
         case "peak":
             np.ones(argument // 8)
         case "environment":
@@ -76,6 +86,13 @@ def wait_until_gone(process: int) -> None:
     while alive(process):
         assert time.monotonic() < deadline, "the process is still there"
         time.sleep(0.02)
+
+
+def test_child_is_warmed_up_once_and_outside_the_limits(function: IsolatedFunction) -> None:
+    for _ in range(2):
+        outcome = function.run("warmed")
+        assert outcome.failure is None
+        assert outcome.values[-1] == 1
 
 
 def test_values_and_times_come_back_and_the_child_is_reused(isolated: IsolatedFunction) -> None:

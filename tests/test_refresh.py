@@ -1,5 +1,6 @@
 """Refresh with real Ray, Parquet and Delta: nothing lost or done twice, whatever is killed."""
 
+import math
 import os
 import signal
 import subprocess
@@ -11,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from faulty_work import sphere
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import fs
 
 from tasks import catalogue
 from tasks import refresh as refresh_module
 from tasks.catalogue import CatalogueError, Row, open_version
 from tasks.processing import stage_rows
-from tasks.ray_work import run_chunks
+from tasks.ray_work import run_chunks, share_of_gpu
 from tasks.refresh import (
     FailureBudgetError,
     RefreshConfig,
@@ -375,13 +379,28 @@ def _gpus(name: str, items: list[int]) -> str | None:
 
 
 def test_work_that_asked_for_no_gpu_sees_none() -> None:
-    chunks = run_chunks(_gpus, [1], most=1, workers=1, memory=1, address=None)
+    chunks = run_chunks(_gpus, [1], most=1, width=1, memory=1)
     assert [chunk.result for chunk in chunks] == [""]
+
+
+@given(st.integers(1, 300), st.integers(1, 16), st.floats(0.001, 2))
+def test_workers_share_gpus_evenly_and_within_their_memory(
+    width: int, gpus: int, least: float
+) -> None:
+    share = share_of_gpu(width, gpus, least)
+    a_gpu = round(1 / share)
+    assert share == 1 / a_gpu
+    assert share >= min(least, 1)
+    if width <= gpus:
+        assert share == 1
+    if least * math.ceil(width / gpus) <= 1:
+        assert a_gpu * gpus >= width  # all at once, and no share is left over
+        assert (a_gpu - 1) * gpus < width
 
 
 def test_an_error_of_ours_stops_the_work() -> None:
     with pytest.raises(OSError, match="no space left"):
-        list(run_chunks(_explode, [1], most=1, workers=2, memory=1, address=None))
+        list(run_chunks(_explode, [1], most=1, width=2, memory=1))
 
 
 def test_the_memory_limit_follows_the_highest_resolution(data_root: str) -> None:
@@ -413,12 +432,13 @@ def test_the_largest_assets_come_first_and_chunks_shrink(folder: Folder) -> None
     assert [shards.count(shard) for shard in dict.fromkeys(shards)] == [3, 3, 2, 1, 1, 1, 1]
 
 
-# Each item waits for another at work at the same time, for a while.
+# Each item waits for another at work at the same time, for a while. Then Ray, told of a GPU that
+# torch does not see, has torch's answer replaced.
 CROWD = """
-import sys, time, uuid; sys.path[:] = {path!r}
+import os, sys, time; sys.path[:] = {path!r}
 from pathlib import Path
 import ray
-from tasks.ray_work import run_chunks
+from tasks import ray_work
 
 def meet(name, items):
     mine = Path({folder!r}) / name
@@ -432,25 +452,45 @@ def meet(name, items):
     mine.unlink()
     return met
 
+def resources(name, items):
+    return ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0), os.getpid()
+
+def results(function, count, memory=1, gpus=0.0):
+    chunks = ray_work.run_chunks(
+        function, range(count), most=1, width=2, memory=memory, gpus=gpus
+    )
+    return [chunk.result for chunk in chunks]
+
 ray.init(
-    num_cpus=2, _memory=3 * 2**30, object_store_memory=100 * 2**20, include_dashboard=False,
-    log_to_driver=False,
+    num_cpus=2, num_gpus=1, _memory=3 * 2**30, object_store_memory=100 * 2**20,
+    include_dashboard=False, log_to_driver=False,
 )
-list(run_chunks(lambda name, items: 0, [1, 2], most=1, workers=2, memory=1, address=None))
+results(resources, 2)
 for memory in (2**30, 2 * 2**30):
-    chunks = run_chunks(meet, [1, 2], most=1, workers=2, memory=memory, address=None)
-    print(max(chunk.result for chunk in chunks))
+    print("met", max(results(meet, 2, memory=memory)))
+for _ in range(2):
+    share = ray_work.gpu_for_each(2, 50)
+    shares, processes = zip(*results(resources, 9, gpus=share))
+    print("gpus", min(shares), max(shares), len(set(processes)))
+    ray_work._gpu_memory = lambda: 100
 """
 
 
-def test_no_more_work_at_once_than_memory_allows(tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where torch sees no GPU")
+def test_no_more_work_at_once_than_memory_allows_and_gpus_are_shared(tmp_path: Path) -> None:
     script = CROWD.format(path=sys.path, folder=str(tmp_path))
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split()[-2:] == ["2", "1"]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[1] for line in lines if line[0] == "met"] == ["2", "1"]
     assert "memory for 1 of 2 workers at 2.0 GiB each" in done.stderr
+    without, shared = (line[1:] for line in lines if line[0] == "gpus")
+    assert without[:2] == ["0.0", "0.0"]
+    assert "does not see the 1 GPU(s)" in done.stderr
+    assert shared[:2] == ["0.5", "0.5"]
+    assert int(shared[2]) <= 2  # a worker that ended after each call would lose its child
 
 
 def test_the_real_work_on_procedural_assets(data_root: str) -> None:
