@@ -88,9 +88,9 @@ def wait_until_gone(process: int) -> None:
         time.sleep(0.02)
 
 
-def test_child_is_warmed_up_once_and_outside_the_limits(function: IsolatedFunction) -> None:
+def test_child_is_warmed_up_once_and_outside_the_limits(isolated: IsolatedFunction) -> None:
     for _ in range(2):
-        outcome = function.run("warmed")
+        outcome = isolated.run("warmed")
         assert outcome.failure is None
         assert outcome.values[-1] == 1
 
