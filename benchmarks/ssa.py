@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -112,9 +113,9 @@ def time_both(forward: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor)
     return [median(forward, 200), backward, peak]
 
 
-def time_full(row: tuple, backend: SDPBackend) -> list[float]:
+@cache
+def time_full(tokens: int, samples: int, heads: int, dim: int, backend: SDPBackend) -> list[float]:
     """Time full attention with as many KV heads as query heads."""
-    tokens, samples, _, _, heads, _, dim = row[:7]
     shape = (samples, heads, tokens, dim)
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     inputs = [x.requires_grad_() for x in inputs]
@@ -163,8 +164,8 @@ def table(rows: list[tuple], coords: list[Tensor | None]) -> None:
     for row, voxels in zip(rows, coords, strict=True):
         tokens, samples, sides, top_k, heads, kv_heads, dim, want_forward, want_backward = row
         sides_text = "/".join(map(str, sides))
-        flash = time_full(row, SDPBackend.FLASH_ATTENTION)
-        cudnn = time_full(row, SDPBackend.CUDNN_ATTENTION)
+        flash = time_full(tokens, samples, heads, dim, SDPBackend.FLASH_ATTENTION)
+        cudnn = time_full(tokens, samples, heads, dim, SDPBackend.CUDNN_ATTENTION)
         inputs, layout, grad = draw(row, voxels)
         ours = time_both(
             lambda i=inputs, la=layout, k=top_k: ssa.spatial_sparse_attention(*i, la, k),
@@ -262,18 +263,24 @@ def profile() -> None:
 def block() -> None:
     """Print times of a whole transformer block, with SSA and with full attention.
 
-    Width 1024, MLP 4, cross-attention to 1,374 image tokens, adaLN; bf16 autocast.
+    Width 1024, MLP 4, cross-attention to 1,374 image tokens, adaLN; bf16 autocast. With the
+    compression's 3x3x3 convolution where spconv is installed.
     """
+    sizes = (1024, 32, 2, 32, 8, 8)
     for tokens in (10_655, 45_904, 131_072):
         times = {}
         coords = shells(tokens, 1, seed=0)
         coords = coords[ssa.block_order(coords, 8, 8)]
         samples = divide_samples(coords[:, 0], 1)
         layout = ssa.build_layout(coords, 8, 8, 8, shift=4)
-        for name, attention, table in (
-            ("SSA 8/8/8 top 8", SpatialSparseAttention(1024, 32, 2, 32, 8, 8), layout),
+        attentions = [
+            ("SSA 8/8/8 top 8", SpatialSparseAttention(*sizes), layout),
             ("full", FullAttention(1024, 32, 32), samples),
-        ):
+        ]
+        if importlib.util.find_spec("spconv"):
+            convolved = SpatialSparseAttention(*sizes, delta="convolution")
+            attentions.append(("SSA, 3x3x3", convolved, layout))
+        for name, attention, table in attentions:
             module = DiTBlock(attention, 1024, 32, 32, 4, 1024).cuda()
             for parameter in module.parameters():  # zeros would time another thing
                 parameter.data.normal_(std=0.02)
@@ -312,6 +319,10 @@ def growth() -> None:
             f" {ours[1]:.2f} ms, {ours[2]:.2f} GB, layout {built:.2f} ms",
             flush=True,
         )
+    inputs, layout, grad = draw(ROWS[0])
+    torch.use_deterministic_algorithms(True)
+    ours = time_both(lambda: ssa.spatial_sparse_attention(*inputs, layout, 8), inputs, grad)
+    print(f"131072 tokens, deterministic: forward {ours[0]:.2f}, backward {ours[1]:.2f} ms")
 
 
 VARIANTS = [  # rows, keys, warps, stages, registers

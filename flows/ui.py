@@ -107,7 +107,8 @@ def serve_ui(
         )
         mlflow = start(
             *("mlflow", "ui", "--host", "127.0.0.1", "--port", str(mlflow_port)),
-            *("--backend-store-uri", database),
+            # One process, not four: they take a GB of a laptop, and threads serve one person.
+            *("--backend-store-uri", database, "--workers", "1"),
         )
         wait_until_up(f"{prefect_url}/api/health", server, "Prefect's server")
         wait_until_up(f"{mlflow_url}/health", mlflow, "the MLflow UI")

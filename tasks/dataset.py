@@ -3,7 +3,6 @@
 import io
 from collections.abc import Sequence
 
-import matplotlib.figure
 import numpy as np
 from PIL import Image
 
@@ -79,13 +78,15 @@ def log_summary(run: Run, report: RefreshReport) -> None:
 
 def _histograms(rows: Sequence[Row]) -> Image.Image:
     """Draw band voxels, latent voxels, faces and conversion times, a colour a resolution."""
+    from matplotlib.figure import Figure  # half a second at the start of every other flow
+
     names = {
         "band_voxels": "band voxels",
         "latent_voxels": "latent voxels (tokens)",
         "faces": "triangles of the source",
         "seconds_convert": "conversion, s",
     }
-    figure = matplotlib.figure.Figure(figsize=(12, 3), layout="constrained")
+    figure = Figure(figsize=(12, 3), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(names)), names.items(), strict=True):
         for resolution in sorted({row.resolution for row in rows}):
             values = np.array([getattr(r, name) for r in rows if r.resolution == resolution])

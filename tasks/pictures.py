@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import trimesh
 from PIL import Image, ImageDraw, ImageFont
 
 GAP = 6  # pixels between pictures
@@ -85,6 +84,8 @@ def slice_picture(values: np.ndarray, size: int = 256) -> np.ndarray:
 
 def save_glb(vertices: np.ndarray, faces: np.ndarray, path: Path) -> None:
     """Write a mesh (+y up, outward faces, as everywhere here) as binary glTF in a grey material."""
+    import trimesh  # half a second at the start of every worker that writes none
+
     material = trimesh.visual.material.PBRMaterial(
         baseColorFactor=[200, 200, 200, 255], metallicFactor=0.0, roughnessFactor=0.7
     )

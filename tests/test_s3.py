@@ -12,16 +12,21 @@ from botocore.config import Config
 from pyarrow import fs
 
 from tasks.catalogue import open_version
+from tasks.mirror import Mirror, read_mirror, write_mirror
 from tasks.refresh import RefreshConfig, plan_refresh
 from tasks.shards import read_image, read_sdf, sdf_file, verify_file
 from tasks.storage import open_filesystem
 
-PROJECT = Path(__file__).resolve().parent.parent
-GIGASHAPE = Path(sys.executable).parent / "gigashape"
+# A process of its own, whose Ray workers know the store.
+REFRESH = """
+import sys; sys.path[:] = {path!r}
+from tasks.refresh import RefreshConfig, refresh
+refresh(RefreshConfig({root!r}, "procedural:2", (32,), views=2, view_size=28, workers=2))
+"""
 
 
 @pytest.fixture
-def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a data folder that is not there yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -40,8 +45,6 @@ def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ALLOW_HTTP": "true",
         "AWS_EC2_METADATA_DISABLED": "true",
-        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}",
-        "PREFECT_HOME": str(tmp_path / "prefect"),
     }.items():
         monkeypatch.setenv(name, value)
     retries = Config(retries={"total_max_attempts": 20, "mode": "standard"})
@@ -52,10 +55,9 @@ def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_refresh_writes_to_an_object_store(root: str) -> None:
-    command = [GIGASHAPE, "refresh", "--source", "procedural:2", "--data", root]
-    preset = PROJECT / "tests" / "minute.toml"
+    script = REFRESH.format(path=sys.path, root=root)
     done = subprocess.run(
-        [*command, "--preset", preset], capture_output=True, text=True, timeout=150, cwd=PROJECT
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=150
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = open_version(root).rows()
@@ -69,5 +71,8 @@ def test_a_refresh_writes_to_an_object_store(root: str) -> None:
         assert len(sdf.blocks) == row.latent_voxels
         image = read_image(filesystem, f"{folder}/assets.parquet", row.assets_row_group or 0, -1)
         assert image[..., 3].any()
-    config = RefreshConfig(root, "procedural:2", (32,), views=2, view_size=28, held_out=0.3)
+    config = RefreshConfig(root, "procedural:2", (32,), views=2, view_size=28)
     assert plan_refresh(config).counts() == {"unchanged": 2}
+    mirror = Mirror("procedural:2", "tiny", (32,), "sparse", None)
+    write_mirror(root, mirror)
+    assert read_mirror(root) == mirror
