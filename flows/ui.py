@@ -79,6 +79,7 @@ def serve_ui(
         **os.environ,
         "PREFECT_API_URL": f"{prefect_url}/api",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+        "PREFECT_WORKER_QUERY_SECONDS": "2",  # not 10: one worker asks a server beside it
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",

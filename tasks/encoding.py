@@ -7,7 +7,14 @@ import torch
 from model.sdf import BLOCK
 from tasks.catalogue import DatasetVersion
 from tasks.dataset import samples_of
-from tasks.latents import LatentSet, encode_latents, latents_digest, open_latents, place_views
+from tasks.latents import (
+    LatentsError,
+    LatentSet,
+    encode_latents,
+    latents_digest,
+    open_latents,
+    place_views,
+)
 from tasks.model_files import ModelFiles
 from tasks.presets import Preset
 from tasks.reporting import Progress, call_on_worker
@@ -27,6 +34,10 @@ def encode(
 
     autoencoder: a registered VAE, sparse or dense. update: told of the progress.
     """
+    try:
+        return open_encoded(dataset, autoencoder, resolution)
+    except LatentsError:  # not there, or not whole
+        pass
     samples = _samples(dataset, resolution)
     digest = latent_set_digest(dataset, autoencoder, resolution)
     call_on_worker(_encode, autoencoder, samples, dataset.root, digest, update=update)

@@ -14,17 +14,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# Takes longest, most of it one process after another: it goes first, and before the others.
-LONGEST = "test_deployments.py"
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name != LONGEST)
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.path.name != LONGEST and os.nice(0) == 0 and "PYTEST_XDIST_WORKER" in os.environ:
-        os.nice(5)
+    # It takes longest, most of it one process after another: the others run beside it.
+    items.sort(key=lambda item: item.path.name != "test_deployments.py")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from synthetic_data import write_spheres
 
 from flows.run import Tracked
 from flows.stages import Means, on_gpus, train_stage
+from tasks import ray_training
 from tasks.model_files import ModelFiles
 from tasks.presets import load_preset
 from tasks.ray_training import TrainingBusyError, TrainingJob, only_writer, train_on_ray
@@ -80,39 +81,63 @@ def bare(job, folder, report) -> TrainingResult:
         torch.set_num_threads(threads)
 
 
-def test_a_killed_worker_goes_on_and_the_losses_are_those_of_the_bare_loop(
+def test_two_workers_take_the_mean_of_their_losses_and_a_killed_one_goes_on_with_the_same(
     ray_session, root, samples, tmp_path
 ):
-    job = make_job(root, samples)
-    bare(job, tmp_path / "bare", FileReport(tmp_path / "bare.log"))
-    expected = read(tmp_path / "bare.log")
-    assert [step for step, _ in expected] == list(range(1, STEPS + 1))
-
-    log = tmp_path / "ray.log"
-    result = train_on_ray(job, lambda: FileReport(log, kill_at=5), cpus_per_worker=1)
-    assert (result.step, result.finished) == (STEPS, True)
-    assert result.checkpoint.parent == job.checkpoint_dir
-    # Killed after step 5, so from the checkpoint of step 4 on again: 5 is told twice, alike.
-    assert read(log) == expected[:5] + expected[4:]
-
-
-def test_two_workers_take_the_mean_of_their_losses_and_what_fails_is_not_tried_again(
-    ray_session, root, samples, tmp_path
-):
-    sizes = {"token_budget": 64, "steps": 3}  # a sample a batch
-    job = make_job(root, samples, learning_rate=1e30, schedule="constant", warmup_steps=0, **sizes)
+    job = make_job(root, samples, token_budget=64, steps=4)  # a sample a batch
     log = tmp_path / "log"
-    with pytest.raises(TrainingDivergedError, match="structure-vae"):
-        train_on_ray(job, lambda: FileReport(log), num_workers=2, cpus_per_worker=1)
-    assert [step for step, _ in read(log)] == [1], "once, and only what was finite"
+    result = train_on_ray(job, lambda: FileReport(log, kill_at=3), num_workers=2, cpus_per_worker=1)
+    assert (result.step, result.finished) == (4, True)
+    assert result.checkpoint.parent == job.checkpoint_dir
+    # Killed after step 3, so from the checkpoint of step 2 on again: 3 is told twice, alike.
+    told = read(log)
+    assert [step for step, _ in told] == [1, 2, 3, 3, 4]
+    assert told[2] == told[3]
     expected = []
     for rank in range(2):
         stage = build_stage(job.stage, job.preset)
         batch = next(iter(build_loader(job.stage, job.preset, samples, root, rank, 2)))
         generator = _seed(job.preset.training[job.stage].seed, 0, rank, 0, CPU)
         expected.append(float(stage.module(batch, generator)[0].detach()))
-    assert read(log)[0][1] == pytest.approx(sum(expected) / 2, rel=1e-5)
+    assert told[0][1] == pytest.approx(sum(expected) / 2, rel=1e-5)
     assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("workers", "tried_again", "overrides", "error"),
+    [
+        (1, False, {"learning_rate": 1e30, "schedule": "constant"}, TrainingDivergedError),
+        (2, False, {"learning_rate": 1e30, "schedule": "constant"}, TrainingDivergedError),
+        (1, False, {}, OSError),
+        (2, True, {}, OSError),
+    ],
+)
+def test_what_would_fail_again_is_not_tried_again(
+    ray_session, root, samples, monkeypatch, workers, tried_again, overrides, error
+):
+    """Ray Train tries again what a worker raises, and not what it returns."""
+
+    class Context:  # of a Ray Train worker, and of Ray's
+        get_world_rank = staticmethod(lambda: 0)
+        get_world_size = staticmethod(lambda: workers)
+        get_assigned_resources = staticmethod(lambda: {"CPU": torch.get_num_threads()})
+
+    def train_alone(*arguments):
+        if error is OSError:
+            raise OSError("no space left on device")
+        return train(*arguments[:6])
+
+    monkeypatch.setattr(ray.train, "get_context", Context)
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.setattr(ray_training, "get_device", lambda: CPU)
+    monkeypatch.setattr(ray_training, "train", train_alone)
+    job = make_job(root, samples, seed=10 + workers, warmup_steps=0, **overrides)
+    config = {"job": job, "make_report": NoReport}
+    if tried_again:
+        with pytest.raises(error):
+            ray_training._train_worker(config)
+    else:
+        assert isinstance(ray_training._train_worker(config), error)
 
 
 def test_a_run_name_tells_data_and_configuration_apart(root, samples):
