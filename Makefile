@@ -22,7 +22,7 @@ quickstart: $(INSTALLED)
 
 # One thread a process: more would wait for each other's cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 ui: $(INSTALLED)
 	$(BIN)/gigashape ui --data $(DATA)

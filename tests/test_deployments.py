@@ -160,7 +160,7 @@ def wait_until_deployed(deploying: subprocess.Popen[str]) -> None:
 def retrained(services: Services) -> dict[str, object]:
     """Everything is deployed, a refresh has run, and the retraining that it triggered."""
     wait_until_deployed(services.deploy())
-    parameters = {"source": "procedural:8", "preset": str(PRESET)}
+    parameters = {"source": "procedural:8", "preset": str(PRESET), "workers": 1}
     refreshed = services.prefect(
         *("deployment", "run", "refresh-dataset/default", "--watch"),
         *("--params", json.dumps(parameters)),

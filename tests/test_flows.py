@@ -66,7 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Place:
         views=data.views,
         view_size=data.view_size,
         held_out=data.held_out,
-        workers=2,
+        workers=1,
     )
     dataset = refresh(config).version
     stage = build_stage("vae", PRESET)
@@ -100,8 +100,6 @@ def test_what_was_trained_becomes_champion_only_if_it_is_better(place: Place) ->
     assert "kept as challenger" in decided(better, min_gain=1.0)
     assert champion() == first.version
     assert "gigashape-minute-vae/2: promoted to champion" in decided(better)
-    assert champion() == better.version
-    assert "gigashape-minute-vae/1: kept as challenger" in decided(first)
     assert champion() == better.version
 
     scores = evaluate(["reconstruction"], preset=FILE, data=place.data, untrained=1)

@@ -494,7 +494,7 @@ def test_no_more_work_at_once_than_memory_allows_and_gpus_are_shared(tmp_path: P
 
 
 def test_the_real_work_on_procedural_assets(data_root: str) -> None:
-    config = RefreshConfig(data_root, "procedural:2", (32,), views=2, view_size=32, workers=2)
+    config = RefreshConfig(data_root, "procedural:2", (32,), views=2, view_size=32, workers=1)
     report = refresh(config)
     assert report.outcomes == {"ready": 2}
     for row in report.version.rows():

@@ -21,7 +21,7 @@ from tasks.storage import open_filesystem
 REFRESH = """
 import sys; sys.path[:] = {path!r}
 from tasks.refresh import RefreshConfig, refresh
-refresh(RefreshConfig({root!r}, "procedural:2", (32,), views=2, view_size=28, workers=2))
+refresh(RefreshConfig({root!r}, "procedural:2", (32,), views=2, view_size=28, workers=1))
 """
 
 
