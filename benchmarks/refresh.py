@@ -49,6 +49,7 @@ def measure(source: Path, data: Path, resolution: int, workers: int) -> Row:
     start = time.monotonic()
     report = refresh(config)
     seconds = time.monotonic() - start
+    peaks = [row.peak_bytes or 0 for row in report.version.rows()]
     shutil.rmtree(data)
     return {
         "assets": len(report.plan.entries),
@@ -56,6 +57,7 @@ def measure(source: Path, data: Path, resolution: int, workers: int) -> Row:
         "bytes": report.bytes_written,
         "outcomes": report.outcomes,
         "stages": report.stage_seconds,
+        "peak_bytes": max(peaks),
     }
 
 
@@ -66,8 +68,8 @@ def tables(rows: list[Row]) -> str:
         groups.setdefault((int(row["resolution"]), int(row["workers"])), []).append(row)
     lines = [
         "| R | workers | assets | outcomes | s | assets an hour | speed-up | MB an asset "
-        "| share of the workers' time by stage |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| MB of memory, worst child | share of the workers' time by stage |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (resolution, workers), found in sorted(groups.items()):
         assets = sum(int(row["assets"]) for row in found)
@@ -94,6 +96,7 @@ def tables(rows: list[Row]) -> str:
             f"{3600 * assets / seconds:.0f}",
             speedup,
             f"{sum(int(row['bytes']) for row in found) / assets / 1e6:.2f}",
+            f"{max(int(row['peak_bytes']) for row in found) / 1e6:.0f}",
             ", ".join(f"{name} {share:.1%}" for name, share in shares.items()),
         )
         lines.append(f"| {' | '.join(cells)} |")
