@@ -17,6 +17,7 @@ from torch.nn import functional
 from model.marching_cubes import marching_cubes
 from model.sdf import BLOCK, SparseSDF
 from model.vae import band_tensor
+from tasks.framing import read_framed
 from tasks.generation import (
     CHUNKED_GRID,
     Models,
@@ -40,7 +41,7 @@ from tasks.normal_metrics import normal_scores
 from tasks.presets import EvaluationConfig, Preset
 from tasks.rendering import render_geometry
 from tasks.samples import SampleRef
-from tasks.shards import read_geometry, read_image, read_sdf
+from tasks.shards import read_geometry, read_sdf
 from tasks.stages import VAEModule, build_module, load_module
 from tasks.storage import open_filesystem
 from tasks.training import autocast
@@ -198,7 +199,7 @@ def evaluate_generation(
     for done, sample in enumerate(chosen):
         progress(done, len(chosen), sample.asset_id[:8])
         sdf = read_sdf(filesystem, f"{base}/{sample.path}", sample.row_group)
-        image = read_image(filesystem, f"{base}/{sample.views_path}", sample.views_row_group, view)
+        image = read_framed(filesystem, f"{base}/{sample.views_path}", sample.views_row_group, view)
         rgba = torch.tensor(image).permute(2, 0, 1).float() / 255
         (shape,) = generate(models, rgba[None], seed)
         watertight, result = watertight_surface(sdf), (shape.vertices, shape.faces)

@@ -23,9 +23,9 @@ from model.marching_cubes import marching_cubes
 from model.sdf import BLOCK
 from model.sparse import SparseTensor
 from tasks.distance import block_distances, block_pairs, group_pairs
+from tasks.framing import frame_object
 from tasks.image_encoder import load_image_encoder
 from tasks.presets import Preset, SamplingConfig
-from tasks.rendering import FILL
 from tasks.stages import FlowModule, StructureVAEModule, VAEModule, build_module, load_module
 from tasks.training import autocast
 
@@ -251,7 +251,11 @@ def read_picture(path: Path, size: int, remover: str | None = None) -> Tensor:
             f"{path} has no transparent pixel, so where its object is isn't known: give a picture "
             "with an alpha channel, or name a background remover (rembg, from the extra `matting`)"
         )
-    return torch.tensor(frame_object(pixels, size)).permute(2, 0, 1).float() / 255
+    try:
+        framed = frame_object(pixels, size)
+    except ValueError as error:
+        raise ImageRejectedError(f"{path}: {error}") from error
+    return torch.tensor(framed).permute(2, 0, 1).float() / 255
 
 
 def remove_background(image: Image.Image, remover: str) -> Image.Image:
@@ -265,17 +269,3 @@ def remove_background(image: Image.Image, remover: str) -> Image.Image:
             "the background remover rembg is not installed: pip install 'gigashape[matting]'"
         ) from error
     return remove(image.convert("RGB")).convert("RGBA")
-
-
-def frame_object(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Crop RGBA pixels [H, W, 4] to the object and centre it as the training views have it."""
-    rows, columns = np.nonzero(pixels[..., 3] > 127)
-    if not len(rows):
-        raise ImageRejectedError("the picture shows no object: nothing of it is opaque")
-    top, left = rows.min(), columns.min()
-    height, width = rows.max() + 1 - top, columns.max() + 1 - left
-    side = int(np.ceil(max(height, width) / FILL))
-    square = np.zeros((side, side, 4), np.uint8)
-    y, x = (side - height) // 2, (side - width) // 2
-    square[y : y + height, x : x + width] = pixels[top : top + height, left : left + width]
-    return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.LANCZOS))

@@ -19,8 +19,9 @@ from pyarrow import fs
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tasks.framing import read_framed
 from tasks.samples import SampleRef
-from tasks.shards import read_image, read_latents, read_sdf
+from tasks.shards import read_latents, read_sdf
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class SampleDataset(Dataset[dict[str, Any]]):
             views_path = f"{self.root}/{sample.views_path}"
             place = (self.filesystem, views_path, sample.views_row_group)
             rng = np.random.default_rng((self.seed, epoch, index))
-            picture = read_image(
+            picture = read_framed(
                 *place, lambda count: int(rng.integers(training_views(count, sample.asset_id)))
             )
             image = picture.astype(np.float32) / 255

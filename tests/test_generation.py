@@ -8,17 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import fs
 
 from model.sdf import BLOCK, voxel_centres
+from tasks.framing import frame_object, read_framed
 from tasks.generation import (
     ImageRejectedError,
-    frame_object,
     generate,
     read_picture,
     surface_cells,
     untrained_models,
 )
 from tasks.presets import load_preset
+from tasks.shards import AssetRow, ShardWriter, StoredView
 
 PRESET = Path(__file__).parent / "minute.toml"
 
@@ -64,6 +66,26 @@ def test_frame_object_centres_and_keeps_proportions() -> None:
     height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
     assert width / height == pytest.approx(4, rel=0.1)
     assert width == pytest.approx(0.95 * 64, abs=2)
+
+
+def test_a_stored_view_and_a_file_of_it_give_the_same_condition(tmp_path: Path) -> None:
+    off_centre = np.zeros((40, 40, 4), np.uint8)
+    off_centre[3:20, 10:38] = np.random.default_rng(0).integers(0, 256, (17, 28, 4), np.uint8)
+    off_centre[3:20, 10:38, 3] = 255
+    file = tmp_path / "view.png"
+    Image.fromarray(off_centre).save(file)
+    nothing = tmp_path / "nothing.png"
+    Image.fromarray(off_centre * np.uint8([1, 1, 1, 0])).save(nothing)
+    views = tuple(StoredView(f.read_bytes(), np.eye(4), 0.7) for f in (file, nothing))
+    mesh = np.zeros((3, 3), np.float32), np.array([[0, 1, 2]], np.int32)
+    with ShardWriter(fs.LocalFileSystem(), str(tmp_path / "shard")) as writer:
+        writer.add_asset(AssetRow("0" * 64, "", "", "", "", *mesh, views))
+    place = fs.LocalFileSystem(), str(tmp_path / "shard" / "assets.parquet"), 0
+    framed = read_framed(*place, 0)
+    condition = read_picture(file, 40).permute(1, 2, 0).numpy() * 255
+    np.testing.assert_array_equal(framed, np.round(condition))
+    assert not np.array_equal(framed, off_centre)
+    assert not read_framed(*place, 1)[..., 3].any()  # shows nothing, and stops no training
 
 
 @pytest.mark.parametrize(
