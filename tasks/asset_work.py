@@ -24,7 +24,7 @@ from tasks.sources import Source, open_source
 
 # Part of a catalogue row's recipe: raise it when reading, normalising, rendering or what is stored
 # of them change.
-PREPARATION_VERSION = "2"
+PREPARATION_VERSION = "3"
 
 
 def recipe(settings: Settings) -> str:
