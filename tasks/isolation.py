@@ -273,16 +273,14 @@ def serve(descriptor: int, parent: int) -> None:
         module_name, _, function_name = name.partition(":")
         module = importlib.import_module(module_name)
         function = getattr(module, function_name)
-        getattr(module, "warm_up", _nothing)()
+        warm_up = getattr(module, "warm_up", None)
+        if warm_up is not None:
+            warm_up()
         pipe.send("ready")
         while pipe.poll(IDLE_SECONDS):
             _serve_job(pipe, function, limits, pipe.recv())
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
-
-
-def _nothing() -> None:
-    """Warm up a module that has no need of it."""
 
 
 def _serve_job(
