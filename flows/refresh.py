@@ -71,7 +71,8 @@ def refresh_dataset(
         workers: assets worked on at once; 0 takes one a core.
         asset_seconds: time limit of an asset, in seconds.
         asset_gigabytes: memory limit of an asset, in GiB, which Ray sets aside for each at work;
-            None takes 1.5 up to resolution 256, 2 to 512, 4 to 1024, 8 above, 3 for mesh2sdf.
+            None takes 1.5 up to resolution 256, 2 to 512, 4 to 1024, 8 above, 3 for mesh2sdf. A
+            worker that uses a GPU is given one more, for CUDA.
         failure_budget: share of rows that may crash or exceed their limits before the refresh
             stops with an error, 0 to 1. Rejected assets do not count.
         retry_failed: try again what crashed or exceeded its limits before.

@@ -21,9 +21,10 @@ Device = Literal["cpu", "cuda"]
 Surface = tuple[np.ndarray, np.ndarray]  # vertices, faces
 # Part of a catalogue row's recipe: raise it when a conversion's result changes.
 CONVERSION_VERSION = "4"
-# What rendering and converting an asset may take of a GPU, by highest resolution: twice the worst
-# that was measured (benchmarks/README.md), the driver's own share of a process left out.
-GPU_BYTES = {256: 3 * 2**29, 512: 2 * 2**30, 1024: 6 * 2**30, 2048: 20 * 2**30}
+# What rendering and converting an asset may take of a GPU, by highest resolution, the driver's own
+# share of a process left out: twice the worst that was measured, 1.5 GB of views up to 512 and 2.8
+# at 1024 (benchmarks/README.md); 2048 was not.
+GPU_BYTES = {512: 3 * 2**30, 1024: 6 * 2**30, 2048: 20 * 2**30}
 
 
 @dataclass(frozen=True)
