@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triangles import SLIVER
+from kernels.tolerances import SLIVER
 
 BLOCK = 8
 RECORD = 20  # columns of a triangle's record, the last of them unused: rows of whole sectors

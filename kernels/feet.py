@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.tolerances import SLIVER
 from kernels.triangles import (
-    SLIVER,
     Point,
     chosen,
     closest_on_triangle,

@@ -8,9 +8,7 @@ triangles are [9, N] float64: rows x, y, z of the first corner, then of the othe
 import torch
 from torch import Tensor
 
-# Squared area over fourth power of the longest edge, under which a triangle counts as its edges:
-# barycentric coordinates of thinner ones are noise.
-SLIVER = 1e-12
+from kernels.tolerances import SLIVER
 
 Point = tuple[Tensor, Tensor, Tensor]
 

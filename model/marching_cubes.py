@@ -7,14 +7,8 @@ Two paths, one result: compiled on the CPU (`model/marching_cubes_cpu.py`), plai
 import torch
 from torch import Tensor
 
-from model.marching_cubes_cpu import surface
-from model.marching_cubes_torch import (
-    EDGES,
-    END_MARGIN,
-    block_keys,
-    case_tables,
-    surface_by_torch,
-)
+from model.marching_cubes_cpu import surface_by_numba
+from model.marching_cubes_torch import block_keys, surface_by_torch
 
 
 def marching_cubes(blocks: Tensor, values: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
@@ -25,7 +19,7 @@ def marching_cubes(blocks: Tensor, values: Tensor, resolution: int) -> tuple[Ten
     Only cells whose eight corners are all in given blocks are used; cells straddle block borders.
 
     Returns vertices [V, 3] float32 in [-1, 1] (samples at -1 + (2 i + 1) / resolution) and faces
-    [F, 3] int64 whose normals point to the positive side. The surface is closed, and every edge
+    [F, 3] int32 whose normals point to the positive side. The surface is closed, and every edge
     has exactly two faces that run through it in opposite directions, wherever all cells that it
     crosses are known. No surface gives empty tensors.
     """
@@ -36,12 +30,7 @@ def marching_cubes(blocks: Tensor, values: Tensor, resolution: int) -> tuple[Ten
         values = values[order]
     if values.device.type != "cpu":
         return surface_by_torch(blocks, values, resolution)
-    tables = (torch.tensor(EDGES), *case_tables())
-    vertices, faces = surface(
-        blocks.numpy(),
-        values.detach().contiguous().numpy(),
-        resolution,
-        END_MARGIN,
-        *(table.numpy() for table in tables),
+    vertices, faces = surface_by_numba(
+        blocks.numpy(), values.detach().contiguous().numpy(), resolution
     )
     return torch.from_numpy(vertices), torch.from_numpy(faces)

@@ -8,6 +8,7 @@ vertex's number is that of its block's first plus the count of bits before its o
 import numpy as np
 
 from model.compiled import compiled
+from model.marching_cubes_cases import EDGES, END_MARGIN, case_tables
 
 WORDS = 48  # of 32 bits: three edges for each of a block's 512 voxels
 
@@ -110,8 +111,15 @@ def _case(padded: np.ndarray, x: int, y: int, z: int) -> int:
     )  # fmt: skip
 
 
+def surface_by_numba(
+    blocks: np.ndarray, values: np.ndarray, resolution: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what `marching_cubes` does, for sorted blocks [B, 3] and float32 values."""
+    return _surface(blocks, values, resolution, END_MARGIN, np.array(EDGES), *case_tables())
+
+
 @compiled
-def surface(
+def _surface(
     blocks: np.ndarray,
     values: np.ndarray,
     resolution: int,
@@ -120,7 +128,7 @@ def surface(
     case_triangles: np.ndarray,
     case_counts: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return vertices [V, 3] float32 and faces [F, 3] int64.
+    """Return vertices [V, 3] float32 and faces [F, 3] int32.
 
     blocks: [B, 3], sorted; values: [B, 8, 8, 8] float32. edges: [12, 3] corner, corner and axis of
     a cell's edges; case_triangles [256, T, 3] and case_counts [256]: triangles as edges.
@@ -160,7 +168,7 @@ def surface(
             before[b, word] = vertex_count
             vertex_count += _population(np.int64(used[b, word]))
     vertices = np.empty((vertex_count, 3), np.float32)
-    faces = np.empty((face_count, 3), np.int64)
+    faces = np.empty((face_count, 3), np.int32)
     number = np.empty(12, np.int64)
     place = np.empty(3)
     done = 0

@@ -3,21 +3,14 @@
 Imports nothing that is compiled here, so that it runs where only torch is.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from model.marching_cubes_cases import EDGES, END_MARGIN, case_tables
 from model.sdf import BLOCK
 
-# A cell's corner c sits at (c & 1, c >> 1 & 1, c >> 2); an edge joins two corners that differ in
-# one bit, and is named by its lower corner and its axis.
-EDGES = [(c, c | 1 << axis, axis) for axis in range(3) for c in range(8) if not c >> axis & 1]
 # Blocks of one pass: bounds the temporary memory to some 400 MB.
 CHUNK = 32768
-# Vertices keep this share of an edge away from its ends, so that no triangle is degenerate where a
-# sample is exactly zero. It moves a vertex by a thousandth of a voxel at most.
-END_MARGIN = 1e-3
 
 
 def surface_by_torch(blocks: Tensor, values: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
@@ -27,7 +20,7 @@ def surface_by_torch(blocks: Tensor, values: Tensor, resolution: int) -> tuple[T
     """
     device = values.device
     keys = block_keys(blocks, resolution)
-    triangle_edges, triangle_count = (table.to(device) for table in case_tables())
+    triangle_edges, triangle_count = (torch.from_numpy(table).to(device) for table in case_tables())
     edges = torch.tensor(EDGES, device=device)
     edge_keys, fractions = [], []
     for start in range(0, len(blocks), CHUNK):
@@ -42,7 +35,7 @@ def surface_by_torch(blocks: Tensor, values: Tensor, resolution: int) -> tuple[T
         edge_keys.append(3 * voxels[cell_of[:, None], edge[..., 0]] + edge[..., 2])
         fractions.append(ends[..., 0] / (ends[..., 0] - ends[..., 1]))
     if not edge_keys:
-        return values.new_zeros((0, 3)), keys.new_zeros((0, 3))
+        return values.new_zeros((0, 3)), keys.new_zeros((0, 3), dtype=torch.int32)
     unique, faces = torch.unique(torch.cat(edge_keys), return_inverse=True)
     fraction = values.new_zeros(len(unique), dtype=torch.float64)
     # Cells that share an edge computed the same fraction: which of them is kept does not matter.
@@ -52,7 +45,7 @@ def surface_by_torch(blocks: Tensor, values: Tensor, resolution: int) -> tuple[T
     vertices = (blocks[voxel >> 9] * BLOCK + inner).double()
     along = fraction.clamp(END_MARGIN, 1 - END_MARGIN)
     vertices.scatter_add_(1, axis[:, None], along[:, None])
-    return ((2 * vertices + 1) / resolution - 1).float(), faces
+    return ((2 * vertices + 1) / resolution - 1).float(), faces.int()
 
 
 def block_keys(blocks: Tensor, resolution: int) -> Tensor:
@@ -102,87 +95,3 @@ def _active_cells(
         owner = rows[row, (x >> 3) | (y >> 3) << 1 | (z >> 3) << 2]
         voxels[:, c] = owner * BLOCK**3 + ((x & 7) << 6 | (y & 7) << 3 | (z & 7))
     return voxels, case[row, i, j, k].long(), corners
-
-
-@cache
-def case_tables() -> tuple[Tensor, Tensor]:
-    """Return the triangles of the 256 cases: edges [256, T, 3] (padded with 0) and counts [256]."""
-    triangles = [_triangulate(_loops(case)) for case in range(256)]
-    table = torch.zeros((256, max(map(len, triangles)), 3), dtype=torch.int64)
-    for case, found in enumerate(triangles):
-        if found:
-            table[case, : len(found)] = torch.tensor(found)
-    return table, torch.tensor([len(found) for found in triangles])
-
-
-def _loops(case: int) -> list[list[int]]:
-    """Return the closed loops of crossed edges of a case, outward when seen as polygons.
-
-    On each face of the cell, walked counter-clockwise as seen from outside the cell, a segment
-    runs from the edge where the walk entered the inside to the edge where it leaves it. On an
-    ambiguous face this cuts off each inside corner by itself: a rule of the face's signs alone,
-    so the two cells that share a face draw the same segments.
-    """
-    edge_of = {frozenset((a, b)): e for e, (a, b, _) in enumerate(EDGES)}
-    follows = {}
-    for axis in range(3):
-        u, v = 1 << (axis + 1) % 3, 1 << (axis + 2) % 3
-        for side in (0, 1 << axis):
-            ring = [side, side | u, side | u | v, side | v]
-            if not side:
-                ring.reverse()
-            flags = [case >> c & 1 for c in ring]
-            for i in range(4):
-                if flags[i] and not flags[i - 3]:  # leaves the inside between i and i + 1
-                    first = i
-                    while flags[first - 1]:
-                        first -= 1
-                    enter = edge_of[frozenset((ring[first - 1], ring[first]))]
-                    leave = edge_of[frozenset((ring[i], ring[i - 3]))]
-                    follows[enter] = leave
-    loops = []
-    while follows:
-        edge, loop = next(iter(follows)), []
-        while edge in follows:
-            loop.append(edge)
-            edge = follows.pop(edge)
-        loops.append(loop)
-    return loops
-
-
-def _triangulate(loops: list[list[int]]) -> list[tuple[int, int, int]]:
-    """Split loops into triangles without a diagonal that lies in a face of the cell.
-
-    Such a diagonal could be drawn by the neighbour too, and then have four triangles.
-    """
-    triangles = []
-    for loop in loops:
-        found = _split(tuple(loop))
-        assert found is not None, f"loop {loop} has no triangulation inside its cell"
-        triangles += found
-    return triangles
-
-
-def _split(loop: tuple[int, ...]) -> list[tuple[int, int, int]] | None:
-    if len(loop) == 3:
-        return [(loop[0], loop[1], loop[2])]
-    for apex in range(1, len(loop) - 1):
-        first, last = loop[: apex + 1], loop[apex:]
-        parts: list[tuple[int, int, int]] = [(loop[0], loop[apex], loop[-1])]
-        for part in (first, last):
-            if len(part) == 2:
-                continue
-            if _share_face(part[0], part[-1]):
-                break
-            rest = _split(part)
-            if rest is None:
-                break
-            parts += rest
-        else:
-            return parts
-    return None
-
-
-def _share_face(a: int, b: int) -> bool:
-    corners = (*EDGES[a][:2], *EDGES[b][:2])
-    return any(len({c >> axis & 1 for c in corners}) == 1 for axis in range(3))

@@ -3,7 +3,8 @@
 `python -m tasks.asset_work` compiles its kernels into their caches on disk, as `make` does after an
 installation.
 
-Imports every mesh library and torch; `tasks.processing` names this module instead of importing it.
+Imports mesh libraries and, for a GPU, torch; `tasks.processing` names this module instead of
+importing it.
 """
 
 from collections.abc import Generator

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 from deltalake import CommitProperties, DeltaTable
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 
@@ -274,6 +273,8 @@ def referenced_shards(root: str) -> set[str]:
     ]
     if not files:
         return set()
+    import pyarrow.dataset as pads  # brings pandas: 60 MB that every worker's child would hold
+
     table = pads.dataset(files, filesystem=filesystem).to_table(columns=["shard"])
     # Not unique(): on the string views that delta-rs writes, it makes '' of null (pyarrow 25).
     return set(table["shard"].to_pylist()) - {None}

@@ -1,16 +1,17 @@
 """Conversion: a normalised mesh to a `SparseSDF` and a report, by one of two engines.
 
 The sparse engine has two paths of equal results: compiled on the CPU, torch with Triton on a GPU.
+Without a GPU nothing here imports torch, which would take 190 MB of every worker's memory.
 """
 
+import ctypes
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
 from model.compiled import compiled
-from model.marching_cubes import marching_cubes
+from model.marching_cubes_cpu import surface_by_numba
 from model.sdf import BLOCK, SHAPE_SCALE, SparseSDF
 from tasks.mesh import MeshRejectedError
 from tasks.mesh2sdf_engine import check_dense_resolution, dense_field
@@ -34,7 +35,7 @@ class Conversion:
     parts_in, parts_out: connected parts of the mesh (faces that share vertices) of more than two
         voxels across that can be seen from outside, and those of them found at the surface of the
         result. Parts hidden in others are in neither. mesh2sdf keeps one part: 1 and 1.
-    surface: of the band, by marching cubes: vertices [V, 3] float32, faces [F, 3] int64.
+    surface: of the band, by marching cubes: vertices [V, 3] float32, faces [F, 3] int32.
     closed: the surface is closed and consistently oriented.
     sign_method: `flood`, `flood+winding` (winding numbers closed holes) or `mesh2sdf`.
     sign_confidence: how far the winding numbers were from undecided, in [0, 1]; 1 without them.
@@ -62,7 +63,15 @@ def check_resolution(resolution: int, engine: Literal["sparse", "mesh2sdf"]) -> 
 
 def best_device(engine: Literal["sparse", "mesh2sdf"]) -> Device:
     """Return where an engine is fastest: on a GPU if it can use one and this process sees one."""
-    return "cuda" if engine == "sparse" and torch.cuda.is_available() else "cpu"
+    if engine == "mesh2sdf":
+        return "cpu"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:  # no driver: torch need not be asked
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def gpu_bytes(resolution: int) -> int:
@@ -72,6 +81,8 @@ def gpu_bytes(resolution: int) -> int:
 
 def limit_gpu_memory(resolution: int) -> None:
     """Refuse this process more of its GPU than `gpu_bytes`: others share it."""
+    import torch
+
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_bytes(resolution) / total))
 
@@ -139,8 +150,7 @@ def _converted_on_cpu(
         result = SparseResult(dense_field(vertices, faces, resolution), 1, 1, "mesh2sdf", 1.0, 0)
     else:
         result = sparse_field(vertices, faces, resolution)
-    blocks, values = torch.from_numpy(result.sdf.blocks), torch.from_numpy(result.sdf.values)
-    points, triangles = (part.numpy() for part in marching_cubes(blocks, values, resolution))
+    points, triangles = surface_by_numba(result.sdf.blocks, result.sdf.values, resolution)
     return result, (points, triangles), bool(closed_and_oriented(triangles, len(points)))
 
 
@@ -148,11 +158,14 @@ def _converted_on_gpu(
     vertices: np.ndarray, faces: np.ndarray, resolution: int
 ) -> tuple[SparseResult, Surface, bool]:
     """Return what `_converted_on_cpu` does for the sparse engine; only results leave the GPU."""
-    from tasks import sparse_engine_torch, torch_topology  # Triton takes 70 MB of a worker's memory
+    import torch
+
+    from model.marching_cubes_torch import surface_by_torch
+    from tasks import sparse_engine_torch, torch_topology
 
     try:
         found = sparse_engine_torch.sparse_field(vertices, faces, resolution, "cuda")
-        points, triangles = marching_cubes(found.blocks, found.values, resolution)
+        points, triangles = surface_by_torch(found.blocks.long(), found.values, resolution)
         closed = torch_topology.closed_and_oriented(triangles, len(points))
     except torch.OutOfMemoryError as error:
         raise MemoryError(f"the GPU's memory at resolution {resolution}: {error}") from error
@@ -162,7 +175,7 @@ def _converted_on_gpu(
 @compiled
 def closed_and_oriented(faces: np.ndarray, vertex_count: int) -> bool:
     """Return whether each directed edge of faces [F, 3] occurs once, and its reverse once."""
-    starts = np.zeros(vertex_count + 1, np.int64)
+    starts = np.zeros(vertex_count + 1, np.int32)
     for f in range(len(faces)):
         for i in range(3):
             starts[faces[f, i] + 1] += 1

@@ -6,7 +6,7 @@ voxel i is sampled at i.
 
 import numpy as np
 
-from kernels.triangles import SLIVER
+from kernels.tolerances import SLIVER
 from model.compiled import compiled
 from model.sdf import BLOCK
 from tasks.masks import ONE, mask_at, row_at

@@ -169,7 +169,7 @@ def _refine(
 ) -> Shape:
     """Sample latents on active voxels cells [L, 3] and decode; go on at the next resolution."""
     counts: dict[int, int] = {}
-    vertices, faces = np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int64)
+    vertices, faces = np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32)
     seconds = dict(seconds)
     resolution = 0
     for resolution, dit in models.dits.items():

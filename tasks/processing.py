@@ -1,7 +1,6 @@
 """What a worker does with one shard of assets: a child process for each asset's work, to Parquet.
 
-The work itself (`tasks.asset_work`) is named, not imported: its libraries cost 5 s and 0.4 GB, and
-only the child needs them.
+The work itself (`tasks.asset_work`) is named, not imported: only the child needs its libraries.
 """
 
 import time

@@ -26,6 +26,7 @@ from tasks.storage import HashingSink, atomic_file
 
 ASSETS_FILE = "assets.parquet"
 _LAST = 32767  # the code that means exactly +1; -32768 means exactly -1
+ENCODED_AT_ONCE = 4096  # blocks, 8 MB of float32: intermediate arrays stay small
 
 
 class ShardError(RuntimeError):
@@ -223,12 +224,12 @@ def quantise(values: np.ndarray) -> np.ndarray:
 
 def encode_sdf(sdf: SparseSDF) -> EncodedSDF:
     """Return a field as it is stored; raises ValueError where its values are not in [-1, 1]."""
-    return EncodedSDF(
-        sdf.resolution,
-        np.ascontiguousarray(sdf.blocks, np.int32),
-        quantise(sdf.values).astype("<i2"),
-        np.packbits(sdf.sharp),
-    )
+    codes = np.empty(sdf.values.shape, "<i2")
+    for start in range(0, len(codes), ENCODED_AT_ONCE):
+        part = slice(start, start + ENCODED_AT_ONCE)
+        codes[part] = quantise(sdf.values[part])
+    blocks = np.ascontiguousarray(sdf.blocks, np.int32)
+    return EncodedSDF(sdf.resolution, blocks, codes, np.packbits(sdf.sharp))
 
 
 def dequantise(codes: np.ndarray) -> np.ndarray:

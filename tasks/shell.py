@@ -16,8 +16,11 @@ from model.compiled import compiled
 from model.sdf import BLOCK
 from tasks.distance import block_distances, closest_on_triangle, line_height
 from tasks.masks import (
+    ALL,
     NONE,
     ONE,
+    Z_FIRST,
+    Z_LAST,
     below,
     dilated,
     eroded,
@@ -178,20 +181,37 @@ def _try_neighbours(
         nearest[b, x & 7, y & 7, z & 7] = which
 
 
+@compiled
 def weak_voxels(outside: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
     """Return the voxels outside, or inside with two inside neighbours at most.
 
     The few samples that a wire happens to catch are such: they represent no solid.
     """
-    ones, twos, fours = (np.zeros_like(outside) for _ in range(3))  # a count, digit by digit
-    for axis in range(3):
-        for ahead in (False, True):
-            inside = ~shifted(outside, neighbours, axis, ahead)
-            carry = ones & inside
-            ones ^= inside
-            fours |= twos & carry
-            twos ^= carry
-    return outside | ~(fours | twos & ones)
+    weak = np.empty_like(outside)
+    near = np.empty(6, np.uint64)  # a word's neighbours at -x, +x, -y, +y, -z, +z
+    one, seven, eight, most = np.uint64(1), np.uint64(7), np.uint64(8), np.uint64(56)
+    for b in range(len(outside)):
+        for x in range(BLOCK):
+            word = outside[b, x]
+            for side in range(6):
+                other = neighbours[b, side]
+                near[side] = outside[other, 7 - x if side < 2 else x] if other >= 0 else ALL
+            if x > 0:
+                near[0] = outside[b, x - 1]
+            if x < 7:
+                near[1] = outside[b, x + 1]
+            near[2] = word << eight | near[2] >> most
+            near[3] = word >> eight | near[3] << most
+            near[4] = (word << one & ~Z_FIRST) | (near[4] & Z_LAST) >> seven
+            near[5] = (word >> one & ~Z_LAST) | (near[5] & Z_FIRST) << seven
+            ones = twos = fours = NONE  # a count of inside neighbours, digit by digit
+            for side in range(6):
+                carry = ones & ~near[side]
+                ones ^= ~near[side]
+                fours |= twos & carry
+                twos ^= carry
+            weak[b, x] = word | ~(fours | twos & ones)
+    return weak
 
 
 def thin_cells(
@@ -223,16 +243,21 @@ def thin_cells(
     lonely = eroded(empty, neighbours, (False, True))  # no solid voxel within a voxel of it
     thin, excused = np.zeros_like(outside), np.zeros_like(outside)
     for axis in range(3):
-        across = walls[axis] & outside & shifted(outside, neighbours, axis, True)
+        across = shifted(outside, neighbours, axis, True)
+        across &= outside
+        across &= walls[axis]
         _mark_edges(
             rows, blocks, shifted_corners, starts, triangles, sheet, across, odd[axis], axis,
             lonely, thin, excused,
         )  # fmt: skip
     # Farther voxels than a cell of the shell's surface has as corners don't count.
-    near = outside & below(distance, SHELL + 1.0)
+    del across
+    near = below(distance, SHELL + 1.0)
+    near &= outside
     _mark_feet(
         rows, blocks, corners, patches, sheet, near, nearest, weak, empty, lonely, thin, excused
     )
+    del weak, empty, lonely, near
     for _ in range(2):  # excused cells lie up to two deep around an inside voxel
         thin |= excused & ~eroded(~thin, neighbours, (False, True))
     return thin
@@ -510,10 +535,20 @@ def bound_corners(neighbours: np.ndarray, field: np.ndarray) -> None:
     """
     inside = below(field, 0.0)
     crossed = ~eroded(inside, neighbours, (True,)) & ~eroded(~inside, neighbours, (True,))
-    corners = voxels_of(~eroded(~crossed, neighbours, (False,)))
-    most = np.float32(3**0.5)
-    flat = field.reshape(-1)
-    flat[corners] = np.clip(flat[corners], -most, most)
+    _clip(field, ~eroded(~crossed, neighbours, (False,)), np.float32(3**0.5))
+
+
+@compiled
+def _clip(field: np.ndarray, masks: np.ndarray, most: float) -> None:
+    """Bring the field's voxels in the set to [-most, most], in place."""
+    for b in range(len(masks)):
+        for x in range(BLOCK):
+            word = masks[b, x]
+            while word != NONE:
+                v = lowest(word)
+                word &= word - ONE
+                value = field[b, x, v >> 3, v & 7]
+                field[b, x, v >> 3, v & 7] = min(max(value, -most), most)
 
 
 def cap_holes(
@@ -551,18 +586,23 @@ def _cap_edges(
 
 
 @compiled
-def nearest_parts(voxels: np.ndarray, nearest: np.ndarray, part_of_face: np.ndarray) -> np.ndarray:
-    """Return which parts [P] bool are closest to one of the voxels [N], given by id."""
+def nearest_parts(masks: np.ndarray, nearest: np.ndarray, part_of_face: np.ndarray) -> np.ndarray:
+    """Return which parts [P] bool are closest to one of the voxels of a set."""
     found = np.zeros(part_of_face.max() + 1, np.bool_)
-    flat = nearest.reshape(-1)
-    for id_ in voxels:
-        if flat[id_] >= 0:
-            found[part_of_face[flat[id_]]] = True
+    for b in range(len(masks)):
+        for x in range(BLOCK):
+            word = masks[b, x]
+            while word != NONE:
+                v = lowest(word)
+                word &= word - ONE
+                t = nearest[b, x, v >> 3, v & 7]
+                if t >= 0:
+                    found[part_of_face[t]] = True
     return found
 
 
 def surface_voxels(neighbours: np.ndarray, field: np.ndarray) -> np.ndarray:
-    """Return the ids [N] of the voxels that end an edge on which the field changes its sign."""
+    """Return the voxels that end an edge on which the field changes its sign."""
     inside = below(field, 0.0)
     ends = np.zeros_like(inside)
     for axis in range(3):
@@ -570,4 +610,4 @@ def surface_voxels(neighbours: np.ndarray, field: np.ndarray) -> np.ndarray:
             # What is not there changes no sign: it counts as set, whichever mask is asked.
             ends |= inside & ~shifted(inside, neighbours, axis, ahead)
             ends |= ~inside & ~shifted(~inside, neighbours, axis, ahead)
-    return voxels_of(ends)
+    return ends

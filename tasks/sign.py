@@ -391,14 +391,18 @@ def outside_voxels(
     unite(wide, seen[:, 0], FACES[seen[:, 1]] & clear[seen[:, 0]])
     queue, queued = np.empty(len(blocks), np.int32), np.zeros(len(blocks), bool)
     _flood(*tables, far, clear | wide, wide, queue, queued, np.flatnonzero(wide.any(1)))
+    del clear
     far_wide = far.copy()
-    levels, unreached = [wide], ~wide
+    levels, unreached, frontier = [], ~wide, wide
     for _ in range(STEPS):
-        levels.append(_step(*tables, far, unreached, levels[-1]))
-        unreached &= ~levels[-1]
+        frontier = _step(*tables, far, unreached, frontier)
+        unreached &= ~frontier
+        held = np.flatnonzero(frontier.any(1))
+        levels.append((held, frontier[held]))
     outside = ~unreached
 
-    entries = _step(*tables, far.copy(), unreached, levels[-1])
+    entries = _step(*tables, far.copy(), unreached, frontier)
+    del wide, frontier
     held, words, firsts, sizes, samples = _pockets(
         *tables, far, unreached, entries, distance, SAMPLES
     )
@@ -417,7 +421,7 @@ def outside_voxels(
         for pocket in asked[score >= SURE]:
             part = slice(firsts[pocket], firsts[pocket + 1])
             unite(inside, held[part], words[part])
-        _settle_between(tables, far & ~far_wide, levels[1:], surface, blocks, inside)
+        _settle_between(tables, far & ~far_wide, levels, surface, blocks, inside)
         outside &= ~inside
     return outside, confidence
 
@@ -425,18 +429,18 @@ def outside_voxels(
 def _settle_between(
     tables: tuple[np.ndarray, ...],
     far: np.ndarray,
-    levels: list[np.ndarray],
+    levels: list[tuple[np.ndarray, np.ndarray]],
     surface: tuple[np.ndarray, np.ndarray, np.ndarray],
     blocks: np.ndarray,
     inside: np.ndarray,
 ) -> None:
     """Add to the inside pockets [B, 8], in place, their share of the steps towards wide places.
 
-    levels: the masks of what lies 1, 2, ... STEPS steps from a wide place; far: [regions] bool,
+    levels: what lies 1, 2, ... STEPS steps from a wide place, as blocks and words; far: [regions]
     those reached by these steps.
     """
     closed = ~far
-    between = np.bitwise_or.reduce(levels)
+    between = _united(levels, len(inside))
     contested, frontier = np.zeros_like(inside), inside
     for _ in range(STEPS):
         frontier = _step(*tables, closed, between & ~contested, frontier)
@@ -450,9 +454,17 @@ def _settle_between(
         return
     frontier, closed = inside.copy(), ~far
     for step in range(1, STEPS):  # who is nearer has it
-        allowed = np.bitwise_or.reduce(levels[step:]) & ~inside
+        allowed = _united(levels[step:], len(inside)) & ~inside
         frontier = _step(*tables, closed, allowed, frontier)
         inside |= frontier
+
+
+def _united(levels: list[tuple[np.ndarray, np.ndarray]], count: int) -> np.ndarray:
+    """Return the mask [count, 8] of what blocks and words hold."""
+    masks = np.zeros((count, BLOCK), np.uint64)
+    for held, words in levels:
+        unite(masks, held, words)
+    return masks
 
 
 def _evidence(

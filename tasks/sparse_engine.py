@@ -72,6 +72,7 @@ def sparse_field(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Sp
     shell.drop_hidden(rows, neighbours, blocks, corners, walls, outside, distance, nearest, reach)
     solid = shell.solid_voxels(walls, outside, neighbours)
     votes = crossing_votes(crossed, rows, outside, solid, double, patches, int(patches.max()) + 1)
+    del solid, double
     sheet = shell.sheet_faces(votes, patches)
     other_walls = (walls, odd)
     if sheet.any():
@@ -92,18 +93,19 @@ def sparse_field(vertices: np.ndarray, faces: np.ndarray, resolution: int) -> Sp
     _keep_border_outside(field, blocks, resolution)
     shell.bound_corners(neighbours, field)
     # A part that lies in another's shell is not seen: no voxel beside it is left outside.
-    seen = shell.nearest_parts(voxels_of(near & ~below(field, 0.0)), nearest, parts)
+    seen = shell.nearest_parts(near & ~below(field, 0.0), nearest, parts)
     surface = shell.surface_voxels(neighbours, field)
     found = shell.nearest_parts(surface, nearest, parts)
     nearest[near_sheets] = nearest_sheet
     found |= shell.nearest_parts(surface, nearest, parts)
     counted = seen & (_part_sizes(corners, parts) > PART_SIZE)
+    del nearest  # as large as the field
     sharp = np.zeros(field.shape, bool)
     segments = positions[sharp_edges(vertices, faces)]
     mark_sharp(rows, segments, field, SHELL, sharp)
-    keep = _truncate(field, tau, sharp)
+    kept = _truncate(blocks, field, tau, sharp)
     return SparseResult(
-        SparseSDF(resolution, blocks[keep], field[keep], sharp[keep]),
+        SparseSDF(resolution, blocks[:kept], field[:kept], sharp[:kept]),
         int(counted.sum()),
         int((counted & found).sum()),
         "flood" if confidence is None else "flood+winding",
@@ -125,20 +127,27 @@ def _give_sign(distance: np.ndarray, outside: np.ndarray) -> None:
 
 
 @compiled
-def _truncate(field: np.ndarray, tau: float, sharp: np.ndarray) -> np.ndarray:
+def _truncate(blocks: np.ndarray, field: np.ndarray, tau: float, sharp: np.ndarray) -> int:
     """Scale and clip the field, in place, to [-1, 1], and sharp to the band |values| < 1.
 
-    Returns which blocks [B] bool hold a voxel of the band.
+    Blocks that hold a voxel of the band move to the front of all three, in their order; returns
+    how many they are.
     """
-    keep = np.zeros(len(field), np.bool_)
     values, marks = field.reshape(-1), sharp.reshape(-1)
-    for i in range(len(values)):
-        value = np.float32(min(max(values[i] / tau, -1.0), 1.0))
-        values[i] = value
-        banded = abs(value) < 1
-        marks[i] &= banded
-        keep[i >> 9] |= banded
-    return keep
+    kept = 0
+    for b in range(len(blocks)):
+        to = kept * BLOCK**3
+        banded = False
+        for i in range(b * BLOCK**3, (b + 1) * BLOCK**3):
+            value = np.float32(min(max(values[i] / tau, -1.0), 1.0))
+            values[to] = value
+            marks[to] = marks[i] & (abs(value) < 1)
+            banded |= bool(abs(value) < 1)
+            to += 1
+        if banded:
+            blocks[kept] = blocks[b]
+            kept += 1
+    return kept
 
 
 def _parts(faces: np.ndarray, vertex_count: int) -> np.ndarray:

@@ -144,6 +144,7 @@ def mark_sharp(grid: Grid, segments: Tensor, field: Tensor, shell: float) -> Ten
 
 def closed_and_oriented(faces: Tensor, vertex_count: int) -> bool:
     """Return whether each directed edge of faces [F, 3] occurs once, and its reverse once."""
+    faces = faces.long()  # a key is the product of two vertices
     start, end = faces.reshape(-1), faces.roll(-1, 1).reshape(-1)
     ahead = (start * vertex_count + end).sort().values
     back = (end * vertex_count + start).sort().values

@@ -2,9 +2,12 @@
 
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 LAYERS = ["flows", "tasks", "model", "kernels"]
@@ -56,3 +59,16 @@ def test_packages_are_ours(layer: str) -> None:
     module = importlib.import_module(layer)
     assert module.__file__ is not None
     assert Path(module.__file__).parent == PROJECT / layer
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the work needs torch")
+def test_work_on_an_asset_holds_no_large_library_on_a_cpu() -> None:
+    """Torch and pandas would take 250 MB of every worker's child."""
+    script = (
+        "import sys; from tasks import asset_work; asset_work.warm_up(); "
+        "print(*({'torch', 'pandas', 'ray', 'prefect', 'mlflow'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == []
