@@ -139,8 +139,9 @@ def eroded(
     corners; (False, True) those on both sides.
     """
     for axis in axes:
-        found = masks.copy()
-        for ahead in sides:
+        found = shifted(masks, neighbours, axis, sides[0])
+        found &= masks
+        for ahead in sides[1:]:
             found &= shifted(masks, neighbours, axis, ahead)
         masks = found
     return masks
@@ -149,8 +150,9 @@ def eroded(
 def dilated(masks: np.ndarray, neighbours: np.ndarray, sides: tuple[bool, ...]) -> np.ndarray:
     """Return the voxels that are set or have a neighbour that is, as in `eroded`."""
     for axis in range(3):
-        found = masks.copy()
-        for ahead in sides:
+        found = shifted(masks, neighbours, axis, sides[0])
+        found |= masks
+        for ahead in sides[1:]:
             found |= shifted(masks, neighbours, axis, ahead)
         masks = found
     return masks

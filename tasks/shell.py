@@ -76,7 +76,10 @@ def drop_hidden(
     """
     hidden = np.zeros_like(outside)
     for axis in range(3):
-        hidden |= walls[axis] & ~outside & ~shifted(outside, neighbours, axis, True)
+        seen = shifted(outside, neighbours, axis, True)
+        seen |= outside
+        hidden |= np.bitwise_and(walls[axis], np.invert(seen, out=seen), out=seen)
+    del seen
     place = _around(rows, blocks, hidden.any(1), 1)
     if not place.any():
         return
@@ -250,8 +253,8 @@ def thin_cells(
             rows, blocks, shifted_corners, starts, triangles, sheet, across, odd[axis], axis,
             lonely, thin, excused,
         )  # fmt: skip
+        del across
     # Farther voxels than a cell of the shell's surface has as corners don't count.
-    del across
     near = below(distance, SHELL + 1.0)
     near &= outside
     _mark_feet(

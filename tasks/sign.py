@@ -394,15 +394,16 @@ def outside_voxels(
     del clear
     far_wide = far.copy()
     levels, unreached, frontier = [], ~wide, wide
+    del wide
     for _ in range(STEPS):
         frontier = _step(*tables, far, unreached, frontier)
-        unreached &= ~frontier
+        unreached ^= frontier  # which is a part of it
         held = np.flatnonzero(frontier.any(1))
         levels.append((held, frontier[held]))
     outside = ~unreached
 
     entries = _step(*tables, far.copy(), unreached, frontier)
-    del wide, frontier
+    del frontier
     held, words, firsts, sizes, samples = _pockets(
         *tables, far, unreached, entries, distance, SAMPLES
     )
