@@ -50,6 +50,7 @@ class SSALayout:
     sample_starts: Tensor  # [N + 1]: first token of each sample
     selection_starts: Tensor  # [N + 1]: first token of each selection block
     compression_starts: Tensor  # [N + 1]: first token of each compression block
+    selection_by_size: Tensor  # [N]: selection blocks, those of the most tokens first
     selection_compression: Tensor  # [N + 1]: first compression block of each selection block
     compression_range: Tensor  # [N, 2]: compression blocks [begin, end) of each token's sample
     selection_range: Tensor  # [N, 2]: selection blocks [begin, end) of each token's sample
@@ -143,6 +144,7 @@ def build_layout(
         sample_starts=sample_starts,
         selection_starts=selection_starts,
         compression_starts=compression_starts,
+        selection_by_size=selection_starts.diff().argsort(descending=True, stable=True).int(),
         selection_compression=selection_compression,
         compression_range=compression_range,
         selection_range=_block_range(tokens, selection_index),

@@ -12,7 +12,7 @@ to the same place meanwhile, and the same inputs give the same bits.
 import triton
 import triton.language as tl
 
-from kernels.ssa_forward import dot, load_keys, span_of, tile_rows
+from kernels.ssa_forward import dot, load_keys, load_tile, span_of, tile_rows
 
 
 @triton.jit
@@ -257,13 +257,13 @@ def dkv_places(
     tl.store(dv + offsets, grad_v, mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["first_pair", "num_blocks"])
+@triton.jit(do_not_specialize=["chunk", "first_pair", "num_blocks"])
 def backward_pairs(
     q, k, v, grad, stats,
     dk, dv,  # [N, Hkv, D] float32 to be added to
     partial,  # [pairs of the chunk, G, D] to be written: gradient of q from each pair
-    order, tiles, starts,  # as in attend_pairs
-    first_pair, num_blocks, scale, q_scale,
+    order, tiles, tile_counts, starts,  # as in attend_pairs
+    chunk, first_pair, num_blocks, scale, q_scale,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
     D: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
@@ -272,11 +272,8 @@ def backward_pairs(
     A program has a block and tokens that took it. A block of more than BN tokens takes several
     passes, which add to the gradient of q.
     """
-    tile = tl.program_id(0).to(tl.int64)
-    begin = tl.load(tiles + 3 * tile)
-    end = tl.load(tiles + 3 * tile + 1)
+    begin, end, segment = load_tile(tiles, tile_counts, chunk)
     if begin < end:
-        segment = tl.load(tiles + 3 * tile + 2)
         h = segment // num_blocks
         block = segment % num_blocks
         key_begin = tl.load(starts + block)

@@ -201,23 +201,32 @@ def _attend_listed(
         q_tile = next_q
 
 
-@triton.jit(do_not_specialize=["first_pair", "num_blocks"])
+@triton.jit
+def load_tile(tiles, tile_counts, chunk):
+    """Return begin and end in the list of pairs of this program's tile of a chunk, and KV head *
+    Ns + block; an empty tile past the chunk's last.
+    """
+    number = tl.program_id(0)
+    tile = tiles + 3 * (chunk * tl.num_programs(0) + number).to(tl.int64)
+    inside = number < tl.load(tile_counts + chunk)
+    begin = tl.load(tile, mask=inside, other=0)
+    end = tl.load(tile + 1, mask=inside, other=0)
+    return begin, end, tl.load(tile + 2, mask=inside, other=0)
+
+
+@triton.jit(do_not_specialize=["chunk", "first_pair", "num_blocks"])
 def attend_pairs(
     q, k, v, out, lse,  # out [pairs of the chunk, G, D], lse [pairs of the chunk, G]
     largest,  # [Hkv] float32: no logit is larger
-    order,  # pairs (token, KV head, slot) sorted by KV head, block, chunk of tokens
-    tiles,  # [tiles, 3] (begin, end in order, KV head * Ns + block); begin == end: none
+    order, tiles, tile_counts,  # pairs (token, KV head, slot) of all chunks, see `ssa_lists.py`
     starts,  # [Ns + 1] first token of each block
-    first_pair, num_blocks, scale, limit,
+    chunk, first_pair, num_blocks, scale, limit,
     HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, T: tl.constexpr,
     D: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Selection branch: softmax attention of the tokens that took a block over its tokens alone."""
-    tile = tl.program_id(0).to(tl.int64)
-    begin = tl.load(tiles + 3 * tile)
-    end = tl.load(tiles + 3 * tile + 1)
+    begin, end, segment = load_tile(tiles, tile_counts, chunk)
     if begin < end:
-        segment = tl.load(tiles + 3 * tile + 2)
         h = segment // num_blocks
         block = segment % num_blocks
         key_begin = tl.load(starts + block)

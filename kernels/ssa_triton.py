@@ -4,9 +4,9 @@
 set before triton is imported, the same code runs on CPU tensors, slowly, for tests.
 
 The selection branch is split by key block: the (token, KV head, slot) pairs are sorted by the
-block they took, so that the tokens which took a block are processed together, its keys are read
-once for several tokens, and matrix instructions are full. Each pair leaves a partial result; they
-are merged chunk by chunk of tokens, which bounds the memory.
+block they took (`ssa_lists.py`), so that the tokens which took a block are processed together, its
+keys are read once for several tokens, and matrix instructions are full. Each pair leaves a partial
+result; they are merged chunk by chunk of tokens, which bounds the memory.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import ssa_backward as backward_kernels
 from kernels import ssa_forward as forward_kernels
 from kernels.ssa import SSALayout
+from kernels.ssa_lists import cut_tiles, sort_pairs, stable_list
 
 LOG2_E = 1.4426950408889634
 PARTIAL_BYTES = 192 << 20  # partial results of the selection branch held at once
@@ -144,6 +145,7 @@ def operator_arguments(
 # The layout's tables that the kernels read, in this order.
 TABLES = (
     "selection_starts",
+    "selection_by_size",
     "selection_compression",
     "compression_range",
     "selection_range",
@@ -168,11 +170,11 @@ def ssa_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return output, compression and selection branch [N, Hq, D], log2-sum-exp [3, N, Hq] float32
     (compression and selection less log2 of the gate, window), selected [N, Hkv, top_k], and the
-    sorted pairs: the pairs and the first of each KV head, block and chunk (`_sort_pairs`).
+    sorted pairs with their counts (`sort_pairs`).
 
     slots: compression blocks that a selection block can hold. A block without a voxel is none.
     """
-    starts, inner, compression_range, selection_range, _, window_order, window_range = tables
+    starts, by_size, inner, compression_range, selection_range, _, *window = tables
     n, heads, dim = q.shape
     kv_heads = k.shape[1]
     out, out_cmp, out_sel = (torch.empty_like(q) for _ in range(3))
@@ -180,7 +182,7 @@ def ssa_forward(
     selected = torch.empty(n, kv_heads, top_k, dtype=torch.int32, device=q.device)
     scale = dim**-0.5 * LOG2_E
 
-    largest = _attend(q, k, v, out, lse[2], window_order, window_range)
+    largest = _attend(q, k, v, out, lse[2], *window).amax(0)
     _attend(q, k_cmp, v_cmp, out_cmp, lse[0], None, compression_range)
 
     shape, launch, _ = _launch("select", q, k)
@@ -198,27 +200,27 @@ def ssa_forward(
     )  # fmt: skip
     del scratch
 
-    chunk = _chunk(q, top_k)
-    order, segments = _sort_pairs(selected, num_selection, chunk)
+    chunk = min(_chunk(q, top_k), n)
+    order, counts, (tiles, tile_counts) = sort_pairs(
+        selected, by_size, num_selection, chunk, PAIRS_A_PROGRAM
+    )
     shape, launch, _ = _launch("pairs", q, k)
-    pairs = min(chunk, n) * kv_heads * top_k
-    tiles = _pair_tiles(segments, starts, num_selection, -(-n // chunk), pairs, PAIRS_A_PROGRAM)
-    partial = q.new_empty(min(chunk, n), kv_heads, top_k, heads // kv_heads, dim)
+    partial = q.new_empty(chunk, kv_heads, top_k, heads // kv_heads, dim)
     partial_lse = torch.empty(partial.shape[:-1], dtype=torch.float32, device=q.device)
     combine_shape, combine_launch, grid = _launch("combine", q, k)
     del combine_shape["BN"]
     for i, first in enumerate(range(0, n, chunk)):
         last = min(first + chunk, n)
         forward_kernels.attend_pairs[(tiles.shape[1],)](
-            q, k, v, partial, partial_lse, largest, order, tiles[i], starts,
-            first * kv_heads * top_k, num_selection, scale, LIMITS[q.dtype], PAIRS=kv_heads * top_k,
-            **shape, **launch,
+            q, k, v, partial, partial_lse, largest, order, tiles, tile_counts, starts,
+            i, first * kv_heads * top_k, num_selection, scale, LIMITS[q.dtype],
+            PAIRS=kv_heads * top_k, **shape, **launch,
         )  # fmt: skip
         forward_kernels.combine_places[grid(last - first)](
             out, out_cmp, out_sel, lse[0], lse[1], partial, partial_lse, selected, gates,
             first, last, TOP_K=top_k, **combine_shape, **combine_launch,
         )  # fmt: skip
-    return out, out_cmp, out_sel, lse, selected, order, segments
+    return out, out_cmp, out_sel, lse, selected, order, counts
 
 
 @ssa_forward.register_fake
@@ -233,7 +235,7 @@ def _(q, k, v, k_cmp, v_cmp, gates, tables, top_k, num_selection, slots):  # typ
         q.new_empty(3, n, heads, dtype=torch.float32),
         q.new_empty(n, kv_heads, top_k, dtype=torch.int32),
         q.new_empty(n * kv_heads * top_k, dtype=torch.int32),
-        q.new_empty(kv_heads * num_selection * chunks + 1, dtype=torch.int32),
+        q.new_empty(chunks, kv_heads, num_selection, dtype=torch.int32),
     )
 
 
@@ -251,8 +253,9 @@ def ssa_backward(
     inputs are these, outputs what `ssa_forward` returns behind the output, tables as there.
     """
     q, k, v, k_cmp, v_cmp, gates = inputs
-    out_cmp, out_sel, lse, selected, order, segments = outputs
-    starts, _, compression_range, _, compression_tokens, window_order, window_range = tables
+    out_cmp, out_sel, lse, selected, order, counts = outputs
+    starts, by_size, _, compression_range, _, compression_tokens, *window = tables
+    window_order, window_range = window
     n, heads, dim = q.shape
     kv_heads, top_k = selected.shape[1:]
     q_scale = dim**-0.5
@@ -281,19 +284,20 @@ def ssa_backward(
         grad, out_cmp, out_sel, lse[0], lse[1], stats[0], stats[1], grad_gates, n,
         **shape, **launch,
     )  # fmt: skip
-    chunk = _chunk(q, top_k)
+    chunk = min(_chunk(q, top_k), n)
     dq_shape, dq_launch, grid = _launch("dq", q, k)
     shape, launch, _ = _launch("backward_pairs", q, k)
-    pairs = min(chunk, n) * kv_heads * top_k
-    # Of one program a block, the sums of a block's programs need no order.
+    pairs = chunk * kv_heads * top_k
+    if deterministic:  # one program a block, so that its sums need no order, and one order of pairs
+        order = stable_list(selected, by_size, num_selection, chunk)
     pairs_a_program = pairs if deterministic else PAIRS_A_BACKWARD_PROGRAM
-    tiles = _pair_tiles(segments, starts, num_selection, -(-n // chunk), pairs, pairs_a_program)
-    partial = q.new_empty(min(chunk, n), kv_heads, top_k, heads // kv_heads, dim)
+    tiles, tile_counts = cut_tiles(counts, by_size, pairs, pairs_a_program)
+    partial = q.new_empty(chunk, kv_heads, top_k, heads // kv_heads, dim)
     for i, first in enumerate(range(0, n, chunk)):
         last = min(first + chunk, n)
         backward_kernels.backward_pairs[(tiles.shape[1],)](
-            q, k, v, grad, stats[1], dk, dv, partial, order, tiles[i], starts,
-            first * kv_heads * top_k, num_selection, scale, q_scale,
+            q, k, v, grad, stats[1], dk, dv, partial, order, tiles, tile_counts, starts,
+            i, first * kv_heads * top_k, num_selection, scale, q_scale,
             PAIRS=kv_heads * top_k, **shape, **launch,
         )  # fmt: skip
         backward_kernels.dq_compression[grid(last - first)](
@@ -380,7 +384,7 @@ def _attend(
 ) -> Tensor:
     """Write softmax attention of every token over its own range, and the log2-sum-exps.
 
-    Returns a bound [Hkv] of the base-2 logits with all keys.
+    Returns bounds [programs, Hkv] of the base-2 logits of some tokens with all keys.
     """
     n, _, dim = q.shape
     shape, launch, grid = _launch("attend" if order is None else "attend_window", q, k)
@@ -390,7 +394,7 @@ def _attend(
         q, k, v, out, lse, longest, largest, ranges if order is None else order, ranges, n,
         dim**-0.5 * LOG2_E, LIMITS[q.dtype], HAS_ORDER=order is not None, **shape, **launch,
     )  # fmt: skip
-    return largest.amax(0)
+    return largest
 
 
 def _launch(kernel: str, q: Tensor, k: Tensor):  # type: ignore[no-untyped-def]
@@ -438,49 +442,3 @@ def _splits(q: Tensor, programs: int) -> int:
         return -(-total // wave) * wave / total
 
     return min(range(1, 33), key=idle)
-
-
-def _sort_pairs(selected: Tensor, num_selection: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Sort the pairs (token, KV head, slot) by KV head, block and chunk of tokens.
-
-    Returns the pairs [N * Hkv * top_k] int32, pairs without a block last, and the place of the
-    first of each KV head, block and chunk, [Hkv * Ns * chunks + 1] int32.
-    """
-    n, kv_heads, _ = selected.shape
-    chunks = -(-n // chunk)
-    head = torch.arange(kv_heads, device=selected.device, dtype=torch.int32)[:, None]
-    part = torch.arange(n, device=selected.device, dtype=torch.int32)[:, None, None] // chunk
-    total = kv_heads * num_selection * chunks
-    key = (head * num_selection + selected) * chunks + part
-    key = torch.where(selected < 0, total, key).flatten()
-    key, order = key.sort(stable=True)
-    places = torch.arange(total + 1, device=selected.device, dtype=torch.int32)
-    return order.int(), torch.searchsorted(key, places, out_int32=True)
-
-
-def _pair_tiles(
-    segments: Tensor, starts: Tensor, num_selection: int, chunks: int, pairs: int, tokens: int
-) -> Tensor:
-    """Cut each chunk's segments into tiles of at most `tokens` pairs.
-
-    Returns [chunks, tiles, 3] int32: begin and end in the sorted pairs, KV head * Ns + block; of
-    each KV head the largest blocks first, so that no long program is left running at the end. The
-    number of tiles is a bound that needs no look at the data; the tiles past the last are empty.
-    """
-    size = starts[: num_selection + 1].diff()
-    heads = (segments.numel() - 1) // (num_selection * chunks)
-    head = torch.arange(heads, device=segments.device)
-    of_rank = ((head[:, None] << 16) - size).flatten().argsort()
-    begin = segments[:-1].view(-1, chunks)[of_rank].t()
-    length = segments.diff().view(-1, chunks)[of_rank].t()
-    last = ((length + tokens - 1) // tokens).cumsum(1)  # [chunks, Hkv * Ns], one past its tiles
-    bound = pairs // tokens + begin.shape[1]
-    tile = torch.arange(bound, device=segments.device).expand(chunks, bound).contiguous()
-    segment = torch.searchsorted(last.contiguous(), tile, right=True)
-    used = segment < begin.shape[1]
-    segment = segment.clamp(max=begin.shape[1] - 1)
-    offset = (tile - (last.gather(1, segment) - -(-length.gather(1, segment) // tokens))) * tokens
-    start = begin.gather(1, segment) + offset
-    end = torch.minimum(start + tokens, begin.gather(1, segment) + length.gather(1, segment))
-    table = torch.stack([start, end, of_rank[segment]], dim=2)
-    return torch.where(used[:, :, None], table, 0).int()

@@ -161,6 +161,9 @@ def test_layout_tables_name_the_right_tokens(samples, ratio, compression, window
     for block in range(counts.selection):
         of_block = layout.compression_index[layout.selection_index == block].unique().tolist()
         assert of_block == list(range(inner[block], inner[block + 1]))
+    by_size = layout.selection_by_size[: counts.selection].long()
+    assert sorted(by_size.tolist()) == list(range(counts.selection))
+    assert (layout.selection_starts.diff()[by_size].diff() <= 0).all()
 
 
 def test_of_equal_scores_the_first_blocks_are_selected():

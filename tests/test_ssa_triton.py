@@ -19,7 +19,7 @@ from test_ssa import draw_coords, sorted_layout
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import ssa, ssa_triton
+from kernels import ssa, ssa_lists, ssa_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and type(tl.max).__name__ != "InterpretedFunction":
@@ -48,17 +48,45 @@ def check(inputs, layout, grad, top_k):
     check_selection(selected, exact, layout, top_k)
     expected = ssa.ssa_reference(*exact, layout, top_k, selected)
     exact_gradients = torch.autograd.grad(expected, exact, grad.double())
-    bound = BOUNDS[out.dtype]
+    rounded = rounded_outputs(exact, layout, selected, grad.double())
     errors = {
-        name: ((ours.double() - theirs).norm() / theirs.norm().clamp(min=1e-30)).item()
+        name: (
+            (ours.double() - theirs).norm()
+            / (theirs.norm() + rounded.get(name, 0.0)).clamp(min=1e-30)
+        ).item()
         for name, ours, theirs in zip(
             ("out", *NAMES), (out, *gradients), (expected, *exact_gradients), strict=True
         )
-        # one block of one key: the gradient of its logits is zero but for rounding
-        if theirs.norm() > 1e-6 * theirs.numel() ** 0.5
     }
-    assert max(errors.values()) < bound, errors
+    assert max(errors.values()) < BOUNDS[out.dtype], errors
     return errors
+
+
+def rounded_outputs(exact, layout, selected, grad):
+    """Norms of what relative errors of one in the branches' outputs would leave in gradients.
+
+    The gradient of a logit is p (do . v - do . o), and o was rounded to the dtype of the inputs. In
+    small samples the difference is much smaller than its terms: with one key it is zero.
+    """
+    q, k, v, k_cmp, v_cmp, gates = (x.detach() for x in exact)
+    group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+    starts = layout.compression_starts[: len(k_cmp)].long()
+    own = (layout.sample_index[:, None] == layout.sample_index[starts])[:, None]
+    chosen = (selected[:, :, None] == layout.selection_index[:, None]).any(-1)  # [N, Hkv, N]
+    window = (layout.window_index[:, None] == layout.window_index)[:, None]
+    squares = {"q": 0.0, "k": 0.0, "k_cmp": 0.0}
+    branches = [(k_cmp, v_cmp, own), (k, v, chosen), (k, v, window)]
+    for i, (keys, values, inside) in enumerate(branches):
+        keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
+        logits = torch.einsum("nhd,mhd->nhm", q, keys) * scale
+        inside = inside.expand(-1, k.shape[1], -1).repeat_interleave(group, 1)
+        p = logits.masked_fill(~inside, float("-inf")).softmax(-1)
+        out = torch.einsum("nhm,mhd->nhd", p, values)
+        error = scale * gates[:, None, i] * (grad * out).norm(dim=-1)  # of do . o, [N, Hq]
+        squares["q"] += (torch.einsum("nhm,mhd->nhd", p, keys) * error[..., None]).square().sum()
+        of_keys = (p.square().sum(-1) * (q * error[..., None]).square().sum(-1)).sum()
+        squares["k_cmp" if i == 0 else "k"] += of_keys
+    return {name: square**0.5 for name, square in squares.items()}
 
 
 def check_selection(selected, exact, layout, top_k):
@@ -127,18 +155,49 @@ def test_kernels_equal_the_reference_in_many_small_pieces(monkeypatch, limit):
     check(inputs, layout, grad, 3)
 
 
-@settings(max_examples=2 if DEVICE == "cpu" else 25, deadline=None)
+# Sides, heads, KV heads and top-k go together: each set of them compiles all kernels anew.
+@pytest.mark.parametrize("dtype", list(BOUNDS) if DEVICE == "cuda" else list(BOUNDS)[:2])
+@pytest.mark.parametrize("kind", [((4, 8, 8), 2, 1, 1), ((8, 8, 8), 3, 3, 2), ((2, 4, 6), 4, 2, 5)])
+@settings(max_examples=1 if DEVICE == "cpu" else 25, deadline=None)
 @given(
     samples=st.lists(st.integers(0, 12), min_size=1, max_size=3).filter(any),
-    sides=st.sampled_from([(4, 8, 8), (8, 8, 8), (2, 4, 6)]),
     shift=st.integers(0, 5),
-    heads=st.sampled_from([(2, 1), (3, 3), (4, 2)]),
-    top_k=st.sampled_from([1, 2, 5]),
     seed=st.integers(0, 1 << 30),
 )
-def test_kernels_equal_the_reference_on_drawn_layouts(samples, sides, shift, heads, top_k, seed):
-    inputs, layout, grad = draw(samples, sides, shift, *heads, 32, seed, torch.float32, 12)
+def test_kernels_equal_the_reference_on_drawn_layouts(kind, dtype, samples, shift, seed):
+    sides, heads, kv_heads, top_k = kind
+    inputs, layout, grad = draw(samples, sides, shift, heads, kv_heads, 32, seed, dtype, 12)
     check(inputs, layout, grad, top_k)
+
+
+@settings(max_examples=3 if DEVICE == "cpu" else 25, deadline=None)
+@given(
+    shape=st.sampled_from([(70, 2, 3), (1, 1, 1), (23, 1, 5)]),
+    chunk=st.sampled_from([1, 7, 80]),
+    tile=st.sampled_from([1, 4, 1000]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_lists_hold_every_pair_once_in_tiles_of_one_block(shape, chunk, tile, seed):
+    generator = torch.Generator().manual_seed(seed)
+    blocks = 6
+    selected = torch.randint(-1, blocks, shape, generator=generator, dtype=torch.int32).to(DEVICE)
+    by_size = torch.randperm(blocks, generator=generator).int().to(DEVICE)
+    chunk = min(chunk, shape[0])
+    order, counts, (tiles, used) = ssa_lists.sort_pairs(selected, by_size, blocks, chunk, tile)
+    stable = ssa_lists.stable_list(selected, by_size, blocks, chunk)
+    _, kv_heads, top_k = shape
+    listed = []
+    for number, count in enumerate(used.tolist()):
+        for begin, end, segment in tiles[number, :count].tolist():
+            assert 0 < end - begin <= tile
+            pairs = order[begin:end].long()
+            assert (pairs // top_k % kv_heads * blocks + selected.flatten()[pairs] == segment).all()
+            assert (pairs // (kv_heads * top_k) // chunk == number).all()
+            listed += pairs.tolist()
+            if tile == 1000:  # a whole segment
+                assert stable[begin:end].tolist() == sorted(pairs.tolist())
+    assert sorted(listed) == (selected.flatten() >= 0).nonzero().flatten().tolist()
+    assert counts.sum() == len(listed)
 
 
 @pytest.mark.gpu
