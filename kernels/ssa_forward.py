@@ -123,11 +123,25 @@ def _softmax_rows(
     return acc * inverse[:, None], m + tl.log2(sums)
 
 
+@triton.jit(do_not_specialize=["num_keys"])
+def longest_keys(
+    k,  # [*, Hkv, D]
+    longest,  # [Hkv] float32, zero before: becomes the norm of the longest key
+    num_keys,
+    HKV: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Find the largest norm of each KV head's keys."""
+    h = tl.program_id(1)
+    rows = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    keys = load_keys(k + h * D, rows, num_keys, k, HKV * D, D, False).to(tl.float32)
+    tl.atomic_max(longest + h, tl.sqrt(tl.max(tl.sum(keys * keys, 1), 0)), sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["n"])
 def attend_places(
     q, k, v, out, lse,  # [N, Hq, D], keys and values [*, Hkv, D], [N, Hq, D], [N, Hq]
     longest,  # [Hkv] float32: norm of the longest key
-    largest,  # [programs, Hkv] float32 to be written: no logit of the program's rows is larger
+    largest,  # [Hkv] float32, zero before: becomes a bound of all logits
     order,  # [N] token (and key) at each place
     ranges,  # [N, 2] columns of the token at each place
     n, scale, limit,
@@ -151,7 +165,7 @@ def attend_places(
     q_tile = tl.load(q + offsets)
     wide = q_tile.to(tl.float32)
     bound = tl.sqrt(tl.max(tl.sum(wide * wide, 1), 0)) * tl.load(longest + h) * scale
-    tl.store(largest + tl.program_id(0) * HKV + h, bound)
+    tl.atomic_max(largest + h, bound, sem="relaxed")
     if bound <= limit:
         acc, row_lse = _softmax_rows(
             q_tile, lo, hi, begin, split, end, k + h * D, v + h * D, order, HKV * D,

@@ -25,6 +25,7 @@ from kernels.ssa_lists import cut_tiles, sort_pairs, stable_list
 LOG2_E = 1.4426950408889634
 PARTIAL_BYTES = 192 << 20  # partial results of the selection branch held at once
 SCRATCH_BYTES = 1 << 27  # scores of the tokens whose blocks are being chosen
+KEYS_A_PROGRAM = 128  # whose norms are taken
 PAIRS_A_PROGRAM = 32  # of one block, in the forward pass
 PAIRS_A_BACKWARD_PROGRAM = 64
 SELECT_GROUPS = 128  # groups of blocks whose best scores are kept while choosing
@@ -182,7 +183,7 @@ def ssa_forward(
     selected = torch.empty(n, kv_heads, top_k, dtype=torch.int32, device=q.device)
     scale = dim**-0.5 * LOG2_E
 
-    largest = _attend(q, k, v, out, lse[2], *window).amax(0)
+    largest = _attend(q, k, v, out, lse[2], *window)
     _attend(q, k_cmp, v_cmp, out_cmp, lse[0], None, compression_range)
 
     shape, launch, _ = _launch("select", q, k)
@@ -384,12 +385,15 @@ def _attend(
 ) -> Tensor:
     """Write softmax attention of every token over its own range, and the log2-sum-exps.
 
-    Returns bounds [programs, Hkv] of the base-2 logits of some tokens with all keys.
+    Returns a bound [Hkv] of the base-2 logits with all keys.
     """
     n, _, dim = q.shape
+    kv_heads = k.shape[1]
     shape, launch, grid = _launch("attend" if order is None else "attend_window", q, k)
-    longest = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32).amax(0)
-    largest = torch.empty(grid(n), dtype=torch.float32, device=q.device)
+    longest, largest = torch.zeros(2, kv_heads, dtype=torch.float32, device=q.device)
+    forward_kernels.longest_keys[(triton.cdiv(len(k), KEYS_A_PROGRAM), kv_heads)](
+        k, longest, len(k), HKV=kv_heads, D=dim, SIZE=KEYS_A_PROGRAM
+    )
     forward_kernels.attend_places[grid(n)](
         q, k, v, out, lse, longest, largest, ranges if order is None else order, ranges, n,
         dim**-0.5 * LOG2_E, LIMITS[q.dtype], HAS_ORDER=order is not None, **shape, **launch,

@@ -68,6 +68,6 @@ def test_every_kernel_compiles_for_hopper(shape: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [
         "attend_pairs", "attend_places", "backward_pairs", "combine_places", "count_pairs",
-        "cut_segments", "dkv_places", "dq_compression", "dq_window", "place_pairs",
+        "cut_segments", "dkv_places", "dq_compression", "dq_window", "longest_keys", "place_pairs",
         "prepare_backward", "select_places",
     ]  # fmt: skip
