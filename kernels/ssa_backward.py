@@ -2,8 +2,9 @@
 
 Per branch, with gate g and output o: delta = do . o, p = g softmax = exp2(logits - lse), where lse
 is the log-sum-exp less log2 g, dv = p^T do, ds = p (do v^T - delta), dq = ds k, dk = ds^T q. Only
-`backward_pairs` uses atomics; where one program has all tokens that took a block, nothing else adds
-to the same place meanwhile, and the same inputs give the same bits.
+`backward_pairs` uses atomics; where one program has all tokens that took a block, in one order
+(`ssa_lists.stable_list`), nothing else adds to the same place meanwhile, and the same inputs give
+the same bits.
 """
 
 # Triton functions have no annotations that mypy could read.

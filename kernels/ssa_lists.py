@@ -1,10 +1,11 @@
 """Lists for SSA's selection branch: which (token, KV head, slot) pairs took a block, and the tiles.
 
 Pairs are numbered (token * Hkv + KV head) * top_k + slot. Their list is sorted by chunk of tokens,
-KV head and block, in a counting sort: `count_pairs` counts them and draws each pair's place among
-those of its block, `cut_segments` finds where each block's begin and cuts them into tiles,
-`place_pairs` writes them down. Places are drawn by atomics, so that the order within a block
-changes from run to run; no result of the forward pass depends on it.
+KV head and block, those of the most tokens first, so that no long program is left running at the
+end. It is a counting sort: `count_pairs` counts the pairs and draws each one's place among those of
+its block, `cut_segments` finds where each block's begin and cuts them into tiles, `place_pairs`
+writes them down. Places are drawn by atomics, so that the order within a block changes from run to
+run; no result of the forward pass depends on it.
 
 The pairs of a chunk begin at a place that its number alone tells; pairs without a block (-1) leave
 a gap at the chunk's end.
@@ -60,7 +61,7 @@ def cut_segments(
     """Place the segments of one chunk one after the other; cut them into tiles of tile_pairs."""
     chunk = tl.program_id(0)
     first = chunk * chunk_pairs
-    first_tile = chunk * 0
+    first_tile = 0
     for start in range(0, HKV * num_blocks, SIZE):
         line = start + tl.arange(0, SIZE)
         inside = line < HKV * num_blocks
@@ -113,7 +114,8 @@ def sort_pairs(
     device = selected.device
     chunks = -(-n // chunk)
     counts = torch.zeros(chunks, kv_heads, num_selection, dtype=torch.int32, device=device)
-    places, order = (torch.empty(selected.numel(), dtype=torch.int32, device=device) for _ in "po")
+    places = torch.empty_like(selected)
+    order = torch.empty(selected.numel(), dtype=torch.int32, device=device)
     grid = (triton.cdiv(selected.numel(), PAIRS),)
     sizes = selected.numel(), chunk, num_selection
     constants = {"HKV": kv_heads, "TOP_K": top_k, "SIZE": PAIRS}

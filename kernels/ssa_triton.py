@@ -255,8 +255,8 @@ def ssa_backward(
     """
     q, k, v, k_cmp, v_cmp, gates = inputs
     out_cmp, out_sel, lse, selected, order, counts = outputs
-    starts, by_size, _, compression_range, _, compression_tokens, *window = tables
-    window_order, window_range = window
+    starts, by_size, _, compression_range, _, compression_tokens = tables[:6]
+    window_order, window_range = tables[6:]
     n, heads, dim = q.shape
     kv_heads, top_k = selected.shape[1:]
     q_scale = dim**-0.5

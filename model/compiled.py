@@ -8,6 +8,9 @@ from typing import Any
 
 import numba
 
+# Files without kernels whose constants kernels hold.
+CONSTANTS = ("tolerances.py", "sdf.py", "sparse_common.py")
+
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a kernel, cached on disk where some place for the cache can be written.
@@ -27,11 +30,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def sources_digest() -> bytes:
-    """Return a SHA-256 over every file with kernels, and over the constants that they hold."""
+    """Return a SHA-256 over every file with kernels, and over those whose constants they hold."""
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in sorted((*(root / "model").glob("*.py"), *(root / "tasks").glob("*.py"))):
+    files = [
+        path for layer in ("kernels", "model", "tasks") for path in (root / layer).glob("*.py")
+    ]
+    for path in sorted(files):
         source = path.read_bytes()
-        if b"model.compiled" in source or path.name == "sdf.py":
+        if b"model.compiled" in source or path.name in CONSTANTS:
             digest.update(source)
     return digest.digest()

@@ -30,7 +30,5 @@ def marching_cubes(blocks: Tensor, values: Tensor, resolution: int) -> tuple[Ten
         values = values[order]
     if values.device.type != "cpu":
         return surface_by_torch(blocks, values, resolution)
-    vertices, faces = surface_by_numba(
-        blocks.numpy(), values.detach().contiguous().numpy(), resolution
-    )
+    vertices, faces = surface_by_numba(blocks.numpy(), values.detach().numpy(), resolution)
     return torch.from_numpy(vertices), torch.from_numpy(faces)

@@ -115,6 +115,9 @@ def surface_by_numba(
     blocks: np.ndarray, values: np.ndarray, resolution: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return what `marching_cubes` does, for sorted blocks [B, 3] and float32 values."""
+    # One type and order of memory for all callers: each other would be compiled for itself.
+    blocks = np.ascontiguousarray(blocks, np.int64)
+    values = np.ascontiguousarray(values, np.float32)
     return _surface(blocks, values, resolution, END_MARGIN, np.array(EDGES), *case_tables())
 
 

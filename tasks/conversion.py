@@ -1,7 +1,7 @@
 """Conversion: a normalised mesh to a `SparseSDF` and a report, by one of two engines.
 
 The sparse engine has two paths of equal results: compiled on the CPU, torch with Triton on a GPU.
-Without a GPU nothing here imports torch, which would take 190 MB of every worker's memory.
+Without a GPU's driver nothing here imports torch, which would take 190 MB of each worker's memory.
 """
 
 import ctypes
@@ -63,15 +63,20 @@ def check_resolution(resolution: int, engine: Literal["sparse", "mesh2sdf"]) -> 
 
 def best_device(engine: Literal["sparse", "mesh2sdf"]) -> Device:
     """Return where an engine is fastest: on a GPU if it can use one and this process sees one."""
-    if engine == "mesh2sdf":
-        return "cpu"
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:  # no driver: torch need not be asked
+    if engine == "mesh2sdf" or not has_driver():
         return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_driver() -> bool:
+    """Return whether CUDA's driver library is there; without it torch sees no GPU."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def gpu_bytes(resolution: int) -> int:

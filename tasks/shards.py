@@ -227,7 +227,10 @@ def encode_sdf(sdf: SparseSDF) -> EncodedSDF:
     codes = np.empty(sdf.values.shape, "<i2")
     for start in range(0, len(codes), ENCODED_AT_ONCE):
         part = slice(start, start + ENCODED_AT_ONCE)
-        codes[part] = quantise(sdf.values[part])
+        try:
+            codes[part] = quantise(sdf.values[part])
+        except ValueError as error:
+            raise ValueError(f"blocks from {start} on: {error}") from error
     blocks = np.ascontiguousarray(sdf.blocks, np.int32)
     return EncodedSDF(sdf.resolution, blocks, codes, np.packbits(sdf.sharp))
 

@@ -76,10 +76,12 @@ def drop_hidden(
     """
     hidden = np.zeros_like(outside)
     for axis in range(3):
-        seen = shifted(outside, neighbours, axis, True)
-        seen |= outside
-        hidden |= np.bitwise_and(walls[axis], np.invert(seen, out=seen), out=seen)
-    del seen
+        covered = shifted(outside, neighbours, axis, True)
+        covered |= outside
+        np.invert(covered, out=covered)
+        covered &= walls[axis]
+        hidden |= covered
+    del covered
     place = _around(rows, blocks, hidden.any(1), 1)
     if not place.any():
         return

@@ -301,6 +301,7 @@ def test_closed_and_oriented_says_the_same_on_both_paths() -> None:
     for case, expected in cases:
         assert closed_and_oriented(case.numpy(), len(points)) == expected
         assert closed_and_oriented_torch(case, len(points)) == expected
+    assert closed_and_oriented_torch(faces, 1 << 20)  # products of vertices pass 32 bits
 
 
 COMPILE = """
