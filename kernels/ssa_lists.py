@@ -24,11 +24,18 @@ SEGMENTS = 1024  # that a program cuts at a time
 
 
 @triton.jit
-def _segment_of(pairs, block, chunk_tokens, num_blocks, HKV: tl.constexpr, TOP_K: tl.constexpr):
-    """Return the index in [chunks, Hkv, Ns] of the segments that pairs belong to."""
+def _load_pairs(
+    selected, num_pairs, chunk_tokens, num_blocks,
+    HKV: tl.constexpr, TOP_K: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Return this program's pairs, the index of each one's segment in [chunks, Hkv, Ns], and which
+    pairs have a block.
+    """
+    pairs = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    block = tl.load(selected + pairs, mask=pairs < num_pairs, other=-1)
     token = pairs // (HKV * TOP_K)
     head = pairs // TOP_K % HKV
-    return (token // chunk_tokens * HKV + head) * num_blocks + block
+    return pairs, (token // chunk_tokens * HKV + head) * num_blocks + block, block >= 0
 
 
 @triton.jit(do_not_specialize=["num_pairs", "chunk_tokens", "num_blocks"])
@@ -40,10 +47,9 @@ def count_pairs(
     HKV: tl.constexpr, TOP_K: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Count the pairs of each segment."""
-    pairs = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    block = tl.load(selected + pairs, mask=pairs < num_pairs, other=-1)
-    segment = _segment_of(pairs, block, chunk_tokens, num_blocks, HKV, TOP_K)
-    taken = block >= 0
+    pairs, segment, taken = _load_pairs(
+        selected, num_pairs, chunk_tokens, num_blocks, HKV, TOP_K, SIZE
+    )  # fmt: skip
     place = tl.atomic_add(counts + segment, 1, mask=taken, sem="relaxed")
     tl.store(places + pairs, place, mask=taken)
 
@@ -93,22 +99,21 @@ def place_pairs(
     HKV: tl.constexpr, TOP_K: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Write the list of pairs."""
-    pairs = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    block = tl.load(selected + pairs, mask=pairs < num_pairs, other=-1)
-    segment = _segment_of(pairs, block, chunk_tokens, num_blocks, HKV, TOP_K)
-    taken = block >= 0
+    pairs, segment, taken = _load_pairs(
+        selected, num_pairs, chunk_tokens, num_blocks, HKV, TOP_K, SIZE
+    )  # fmt: skip
     place = tl.load(firsts + segment, mask=taken) + tl.load(places + pairs, mask=taken)
     tl.store(order + place, pairs, mask=taken)
 
 
 def sort_pairs(
     selected: Tensor, by_size: Tensor, num_selection: int, chunk: int, tile_pairs: int
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """List the pairs of selected [N, Hkv, top_k] int32, `chunk` tokens a chunk.
 
     by_size: [>= Ns] int32, selection blocks in the order in which they are to be worked on. Returns
-    the list [N * Hkv * top_k] int32, the counts [chunks, Hkv, Ns] int32 and the tiles, see
-    `cut_tiles`.
+    the list [N * Hkv * top_k] int32, the counts [chunks, Hkv, Ns] int32, the tiles and their
+    numbers, see `cut_tiles`.
     """
     n, kv_heads, top_k = selected.shape
     device = selected.device
@@ -120,25 +125,20 @@ def sort_pairs(
     sizes = selected.numel(), chunk, num_selection
     constants = {"HKV": kv_heads, "TOP_K": top_k, "SIZE": PAIRS}
     count_pairs[grid](selected, counts, places, *sizes, **constants)
-    firsts, tiles = _cut(counts, by_size, chunk * kv_heads * top_k, tile_pairs)
+    firsts, tiles, tile_counts = cut_tiles(counts, by_size, chunk * kv_heads * top_k, tile_pairs)
     place_pairs[grid](selected, places, firsts, order, *sizes, **constants)
-    return order, counts, tiles
+    return order, counts, tiles, tile_counts
 
 
 def cut_tiles(
     counts: Tensor, by_size: Tensor, chunk_pairs: int, tile_pairs: int
-) -> tuple[Tensor, Tensor]:
-    """Cut the segments of the list into tiles of at most tile_pairs pairs.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut the segments of the list, counts [chunks, Hkv, Ns], into tiles of at most tile_pairs.
 
-    Returns [chunks, tiles, 3] int32, begin and end in the list and KV head * Ns + block, and how
-    many of them each chunk uses, [chunks] int32: their number is not known on the host.
+    Returns the place of each segment's first pair [chunks, Hkv, Ns] int32; the tiles [chunks, T, 3]
+    int32, begin and end in the list and KV head * Ns + block; and how many of them each chunk uses,
+    [chunks] int32: their number is not known on the host.
     """
-    return _cut(counts, by_size, chunk_pairs, tile_pairs)[1]
-
-
-def _cut(
-    counts: Tensor, by_size: Tensor, chunk_pairs: int, tile_pairs: int
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     chunks, kv_heads, num_selection = counts.shape
     bound = chunk_pairs // tile_pairs + kv_heads * num_selection
     firsts = torch.empty_like(counts)
@@ -148,7 +148,7 @@ def _cut(
         counts, by_size, firsts, tiles, tile_counts, chunk_pairs, num_selection, bound, tile_pairs,
         HKV=kv_heads, SIZE=SEGMENTS,
     )  # fmt: skip
-    return firsts, (tiles, tile_counts)
+    return firsts, tiles, tile_counts
 
 
 def stable_list(selected: Tensor, by_size: Tensor, num_selection: int, chunk: int) -> Tensor:

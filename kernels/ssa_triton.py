@@ -202,7 +202,7 @@ def ssa_forward(
     del scratch
 
     chunk = min(_chunk(q, top_k), n)
-    order, counts, (tiles, tile_counts) = sort_pairs(
+    order, counts, tiles, tile_counts = sort_pairs(
         selected, by_size, num_selection, chunk, PAIRS_A_PROGRAM
     )
     shape, launch, _ = _launch("pairs", q, k)
@@ -292,7 +292,7 @@ def ssa_backward(
     if deterministic:  # one program a block, so that its sums need no order, and one order of pairs
         order = stable_list(selected, by_size, num_selection, chunk)
     pairs_a_program = pairs if deterministic else PAIRS_A_BACKWARD_PROGRAM
-    tiles, tile_counts = cut_tiles(counts, by_size, pairs, pairs_a_program)
+    _, tiles, tile_counts = cut_tiles(counts, by_size, pairs, pairs_a_program)
     partial = q.new_empty(chunk, kv_heads, top_k, heads // kv_heads, dim)
     for i, first in enumerate(range(0, n, chunk)):
         last = min(first + chunk, n)

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 # So many failed rows are never too many: a share means little in a small dataset.
 FREE_FAILURES = 3
 # What the work on one asset may take where a configuration does not say, by highest resolution,
-# libraries included: the worst of 318 took 1.84 GB at 512 (benchmarks/README.md).
+# libraries included: the worst of 318 took 1.05 GB at 512, 3.98 at 1024 (benchmarks/README.md).
 SPARSE_BYTES = {256: 3 * 2**29, 512: 2 * 2**30, 1024: 4 * 2**30, 2048: 8 * 2**30}
 MESH2SDF_BYTES = 3 * 2**30
 CUDA_BYTES = 2**30  # what CUDA's libraries and driver take of a process's memory on the host

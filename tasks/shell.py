@@ -16,11 +16,8 @@ from model.compiled import compiled
 from model.sdf import BLOCK
 from tasks.distance import block_distances, closest_on_triangle, line_height
 from tasks.masks import (
-    ALL,
     NONE,
     ONE,
-    Z_FIRST,
-    Z_LAST,
     below,
     dilated,
     eroded,
@@ -186,37 +183,22 @@ def _try_neighbours(
         nearest[b, x & 7, y & 7, z & 7] = which
 
 
-@compiled
 def weak_voxels(outside: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
     """Return the voxels outside, or inside with two inside neighbours at most.
 
     The few samples that a wire happens to catch are such: they represent no solid.
     """
-    weak = np.empty_like(outside)
-    near = np.empty(6, np.uint64)  # a word's neighbours at -x, +x, -y, +y, -z, +z
-    one, seven, eight, most = np.uint64(1), np.uint64(7), np.uint64(8), np.uint64(56)
-    for b in range(len(outside)):
-        for x in range(BLOCK):
-            word = outside[b, x]
-            for side in range(6):
-                other = neighbours[b, side]
-                near[side] = outside[other, 7 - x if side < 2 else x] if other >= 0 else ALL
-            if x > 0:
-                near[0] = outside[b, x - 1]
-            if x < 7:
-                near[1] = outside[b, x + 1]
-            near[2] = word << eight | near[2] >> most
-            near[3] = word >> eight | near[3] << most
-            near[4] = (word << one & ~Z_FIRST) | (near[4] & Z_LAST) >> seven
-            near[5] = (word >> one & ~Z_LAST) | (near[5] & Z_FIRST) << seven
-            ones = twos = fours = NONE  # a count of inside neighbours, digit by digit
-            for side in range(6):
-                carry = ones & ~near[side]
-                ones ^= ~near[side]
-                fours |= twos & carry
-                twos ^= carry
-            weak[b, x] = word | ~(fours | twos & ones)
-    return weak
+    ones, twos, fours = (np.zeros_like(outside) for _ in range(3))  # a count, digit by digit
+    for axis in range(3):
+        for ahead in (False, True):
+            inside = shifted(outside, neighbours, axis, ahead)
+            np.invert(inside, out=inside)
+            carry = ones & inside
+            ones ^= inside
+            fours |= twos & carry
+            twos ^= carry
+    del inside, carry
+    return outside | ~(fours | twos & ones)
 
 
 def thin_cells(

@@ -40,23 +40,26 @@ def draw(samples, sides, shift, heads, kv_heads, dim, seed, dtype, grid=20):
     return [x.to(DEVICE, dtype).requires_grad_() for x in inputs], layout, grad
 
 
-def check(inputs, layout, grad, top_k):
-    """Compare the output, the selection and every gradient with the reference in float64."""
+def check(inputs, layout, grad, top_k, cancelling=False):
+    """Compare the output, the selection and every gradient with the reference in float64.
+
+    cancelling: samples are so small, and the dtype so short, that gradients of logits may be much
+    smaller than what they are the difference of.
+    """
     exact = [x.detach().double().requires_grad_() for x in inputs]
     out, selected = ssa_triton.attention_and_selection(*inputs, layout, top_k)
     gradients = torch.autograd.grad(out, inputs, grad)
     check_selection(selected, exact, layout, top_k)
     expected = ssa.ssa_reference(*exact, layout, top_k, selected)
     exact_gradients = torch.autograd.grad(expected, exact, grad.double())
-    rounded = rounded_outputs(exact, layout, selected, grad.double())
+    rounded = rounded_outputs(exact, layout, selected, grad.double()) if cancelling else {}
     errors = {
-        name: (
-            (ours.double() - theirs).norm()
-            / (theirs.norm() + rounded.get(name, 0.0)).clamp(min=1e-30)
-        ).item()
+        name: ((ours.double() - theirs).norm() / (theirs.norm() + rounded.get(name, 0.0))).item()
         for name, ours, theirs in zip(
             ("out", *NAMES), (out, *gradients), (expected, *exact_gradients), strict=True
         )
+        # one block of one key: the gradient of its logits is zero but for rounding
+        if theirs.norm() + rounded.get(name, 0.0) > 1e-6 * theirs.numel() ** 0.5
     }
     assert max(errors.values()) < BOUNDS[out.dtype], errors
     return errors
@@ -167,7 +170,7 @@ def test_kernels_equal_the_reference_in_many_small_pieces(monkeypatch, limit):
 def test_kernels_equal_the_reference_on_drawn_layouts(kind, dtype, samples, shift, seed):
     sides, heads, kv_heads, top_k = kind
     inputs, layout, grad = draw(samples, sides, shift, heads, kv_heads, 32, seed, dtype, 12)
-    check(inputs, layout, grad, top_k)
+    check(inputs, layout, grad, top_k, cancelling=dtype != torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(70, 2, 3), (1, 1, 1), (23, 1, 5)])
@@ -181,7 +184,7 @@ def test_lists_hold_every_pair_once_in_tiles_of_one_block(shape, chunk, tile):
     by_size = torch.randperm(blocks, generator=generator).int().to(DEVICE)
     by_size = torch.cat([by_size, torch.arange(blocks, 9, dtype=torch.int32, device=DEVICE)])
     chunk = min(chunk, shape[0])
-    order, counts, (tiles, used) = ssa_lists.sort_pairs(selected, by_size, blocks, chunk, tile)
+    order, counts, tiles, used = ssa_lists.sort_pairs(selected, by_size, blocks, chunk, tile)
     stable = ssa_lists.stable_list(selected, by_size, blocks, chunk)
     _, kv_heads, top_k = shape
     listed = []
